@@ -1,0 +1,84 @@
+"""The protocol between the HTTP process and the engine process of one agent.
+
+Length-prefixed msgpack over a Unix socket pair; every message is one of the tagged structs below.
+The HTTP process is the only sender of ``Command``s, the engine process the only sender of ``Event``s.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..engine.outputs import EngineStats, SequenceOutput
+from ..engine.sampling_params import SamplingParams
+
+
+class AddRequest(msgspec.Struct, tag="add", frozen=True):
+    """Serve a prompt. ``priority``: lower is sooner. ``tenant`` salts block keys and shares fairly."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    tenant: str = ""
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """Drop a request, or one choice of it, within one step. Unknown ids are ignored."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """Exit cleanly after the current step."""
+
+
+Command = AddRequest | Abort | Shutdown
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """The engine has loaded and will answer. Sizes in tokens unless named otherwise."""
+
+    model: str
+    layout_digest: str
+    dtype: str
+    device: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    block_tokens: int
+    kv_blocks: int
+    block_bytes: int
+    host_blocks: int
+
+
+class Outputs(msgspec.Struct, tag="outputs", frozen=True):
+    """All new tokens of one step."""
+
+    outputs: list[SequenceOutput]
+
+
+class Rejected(msgspec.Struct, tag="rejected", frozen=True):
+    """A request that can never be served: the request's fault, not the server's."""
+
+    request_id: str
+    message: str
+    field: str | None = None
+
+
+class Stats(msgspec.Struct, tag="stats", frozen=True):
+    """Sent after a step (rate limited) and always when the engine goes idle."""
+
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The engine's last word before it exits non-zero. ``config`` marks a setting's fault at start."""
+
+    message: str
+    config: bool = False
+
+
+Event = Ready | Outputs | Rejected | Stats | Failed

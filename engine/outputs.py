@@ -1,0 +1,79 @@
+"""What the engine says to the outside after a step: plain data, no torch, ready for the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """The chosen token's log-probability and the best alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """New tokens of one choice of one request.
+
+    A request's last output has ``finish_reason`` set for each of its ``n`` choices. The token that
+    stopped a sequence (end of text or a stop token id) is not in ``token_ids``. With
+    ``best_of > n`` and with beam search a choice is sent once, whole, when its rank is known.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    cumulative_logprob: float = 0.0
+
+
+@dataclass(slots=True)
+class TierUsage:
+    """Blocks of one tier. free + cached + active == total; cached blocks can be taken any time."""
+
+    total: int = 0
+    free: int = 0
+    cached: int = 0
+    active: int = 0
+    block_bytes: int = 0
+
+
+@dataclass(slots=True)
+class HotPrefix:
+    """A cached chain of blocks that requests keep hitting. ``key`` is the last block's, in hex."""
+
+    key: str
+    tokens: int
+    hits: int
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot of the engine. Counters only grow; ``waiting``/``running`` count sequences' requests."""
+
+    running: int = 0
+    waiting: int = 0
+    swapped: int = 0
+    device: TierUsage = field(default_factory=TierUsage)
+    host: TierUsage = field(default_factory=TierUsage)
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0  # tokens looked up in the prefix cache
+    prefix_hits: int = 0  # tokens found there
+    preemptions_recompute: int = 0
+    preemptions_swap: int = 0
+    finished: dict[str, int] = field(default_factory=dict)  # finish reason -> requests
+    last_step_ms: float = 0.0
+    mean_step_ms: float = 0.0  # exponential moving average
+    hottest_prefixes: list[HotPrefix] = field(default_factory=list)
