@@ -1,0 +1,60 @@
+"""What one step of the engine asks of the model: the only thing that crosses from scheduler to runner.
+
+The scheduler decides with Python objects; the runner, and every tensor-parallel worker, sees only
+these flat integer arrays. They are small diffs against the runner's stable rows (a sequence keeps one
+row for its whole time on the device), so that nothing is rebuilt that did not change, and one message
+a step is all that workers need (vLLM's central scheduler, SOSP'23 section 4.6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class StepInput:
+    """One step, in the order in which a runner carries it out.
+
+    1. ``swap_out`` [N, 2]: (device block, host block) copies, 2. ``swap_in`` [N, 2]: (host, device)
+    copies, 3. ``block_copies`` [N, 2]: (from, to) on the device, for copy-on-write, 4. ``table_updates``
+    [N, 3]: (row, index, block id) written to the block tables, 5. the forward pass over S sequences:
+    sequence ``s`` sits in row ``rows[s]`` and computes ``counts[s]`` tokens from position
+    ``starts[s]``; their ids are consecutive in ``token_ids`` [T]. The first ``num_decodes`` have count 1.
+    ``sampled`` [L]: indices of the sequences (into rows) whose last token's logits are wanted.
+    All arrays are int32.
+    """
+
+    swap_out: Ints
+    swap_in: Ints
+    block_copies: Ints
+    table_updates: Ints
+    rows: Ints
+    starts: Ints
+    counts: Ints
+    token_ids: Ints
+    sampled: Ints
+    num_decodes: int
+
+    def pack(self) -> bytes:
+        """One message for a worker: a header of sizes, then the arrays back to back."""
+        arrays = [getattr(self, f.name).ravel() for f in fields(self) if f.name != "num_decodes"]
+        header = np.array([self.num_decodes, *(a.size for a in arrays)], dtype=np.int32)
+        return b"".join(a.tobytes() for a in (header, *arrays))
+
+    @classmethod
+    def unpack(cls, message: bytes) -> StepInput:
+        names = [f.name for f in fields(cls) if f.name != "num_decodes"]
+        flat = np.frombuffer(message, dtype=np.int32)
+        sizes = flat[1 : len(names) + 1]
+        parts = np.split(flat[len(names) + 1 :], np.cumsum(sizes)[:-1])
+        widths = {"swap_out": 2, "swap_in": 2, "block_copies": 2, "table_updates": 3}
+        arrays = {
+            name: part.reshape(-1, widths[name]) if name in widths else part
+            for name, part in zip(names, parts, strict=True)
+        }
+        return cls(num_decodes=int(flat[0]), **arrays)
