@@ -9,9 +9,13 @@ a step is all that workers need (vLLM's central scheduler, SOSP'23 section 4.6).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 Ints = NDArray[np.int32]
 
@@ -58,3 +62,25 @@ class StepInput:
             for name, part in zip(names, parts, strict=True)
         }
         return cls(num_decodes=int(flat[0]), **arrays)
+
+
+class StepRunner(Protocol):
+    """Whatever carries steps out: one device, or several under tensor parallelism. Sizes are as loaded."""
+
+    layout_digest: str
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    num_blocks: int
+    block_bytes: int
+    host_blocks: int
+
+    def execute(self, step: StepInput) -> torch.Tensor | None:
+        """Carry out one step -> logits [L, V] of ``step.sampled``, None if there are none."""
+
+    def close(self) -> None:
+        """Give everything back; workers have ended when this returns."""
