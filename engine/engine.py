@@ -27,7 +27,6 @@ from .scheduler import Chunk, Limits, Scheduler
 from .sequence import Request, Sequence
 from .step import StepRunner
 from .structured import Grammar, GrammarCompiler
-from .workers import load_runner
 
 STEP_TIME_DECAY = 0.95
 HOTTEST_PREFIXES = 8
@@ -60,7 +59,11 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, runner: StepRunner | None = None) -> None:
-        runner = self.runner = load_runner(config) if runner is None else runner
+        if runner is None:
+            from .workers import load_runner  # not needed, and not loaded, with a runner of one's own
+
+            runner = load_runner(config)
+        self.runner = runner
         self.info = EngineInfo(
             model=config.model,
             layout_digest=runner.layout_digest,

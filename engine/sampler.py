@@ -1,0 +1,224 @@
+"""The sampler: from logits to tokens, for a whole batch at once.
+
+Stateless by design: what a sequence draws depends on its distribution, its seed and how many tokens it
+has drawn before, never on its batch mates, the device or what happened to the engine in between. One
+uniform number per row comes from a counter-based hash, and the token is found by inverting the
+cumulative distribution in vocabulary order, so that a tiny difference in the logits almost never
+changes the outcome (a noise per entry, as in Gumbel sampling, would cost a pass over S x V random
+numbers besides).
+
+Rows that ask for nothing special cost one argmax; each special wish touches only the rows that have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sampling_params import SamplingParams
+from .structured import Grammar
+
+NUCLEUS_CANDIDATES = 1024  # top-p looks at so many tokens before it sorts the whole vocabulary
+_MASK = 2**64 - 1
+
+
+@dataclass(slots=True)
+class SamplingState:
+    """What the sampler knows of one sequence. ``output_ids`` is the sequence's own list and grows."""
+
+    params: SamplingParams
+    seed: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    grammar: Grammar | None = None
+    _plain: bool = field(init=False)  # greedy, and nothing else wanted
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self._plain = (
+            p.greedy
+            and not p.logit_bias
+            and not p.min_tokens
+            and p.logprobs is None
+            and p.best_of == 1
+            and p.repetition_penalty == 1.0
+            and p.presence_penalty == 0.0
+            and p.frequency_penalty == 0.0
+            and self.grammar is None
+        )
+
+    def fork(self, seed: int, output_ids: list[int]) -> SamplingState:
+        """The state of a twin that has the same past."""
+        grammar = None if self.grammar is None else self.grammar.fork()
+        return SamplingState(self.params, seed, self.prompt_ids, output_ids, grammar)
+
+
+@dataclass(slots=True)
+class SampledToken:
+    """``logprob`` is of the model's own distribution; 0.0 unless asked for. ``top`` is best first."""
+
+    token_id: int
+    logprob: float = 0.0
+    top: list[tuple[int, float]] | None = None
+
+
+def uniform(seed: int, counter: int) -> float:
+    """A number in [0, 1) that is a function of its arguments alone (SplitMix64's finaliser, twice)."""
+    x = (seed + 0x9E3779B97F4A7C15 * (counter + 1)) & _MASK
+    for _ in range(2):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        x ^= x >> 31
+    return (x >> 11) / 2**53
+
+
+class Sampler:
+    """Chooses tokens from logits of one vocabulary."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos = list(eos_token_ids)
+
+    def sample(self, logits: Tensor, states: list[SamplingState]) -> list[SampledToken]:
+        """One token for each row. logits [S, V], any float dtype, on any device; they are not changed.
+
+        Synchronises with the device once for plain batches: that is how the tokens get out.
+        """
+        if all(state._plain for state in states):
+            return [SampledToken(token) for token in _finite(logits).argmax(-1).tolist()]
+        raw = _finite(logits.float())
+        adjusted = self._adjust(raw, states)
+        tokens = adjusted.argmax(-1)
+        drawn = [i for i, state in enumerate(states) if not state.params.greedy]
+        if drawn:
+            tokens[drawn] = self._draw(adjusted[drawn], [states[i] for i in drawn])
+        token_ids: list[int] = tokens.tolist()
+        result = [SampledToken(token) for token in token_ids]
+        self._report(raw, states, result)
+        for state, token in zip(states, token_ids, strict=True):
+            if state.grammar is not None:
+                state.grammar.accept(token)
+        return result
+
+    def top_logprobs(self, logits: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
+        """The k best continuations of each row: log-probabilities and token ids, [S][k], best first."""
+        values, ids = torch.log_softmax(_finite(logits.float()), dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
+        return values.tolist(), ids.tolist()
+
+    # ── Changing the distribution ─────────────────────────────────────────────────────────────────
+
+    def _adjust(self, raw: Tensor, states: list[SamplingState]) -> Tensor:
+        """Bias, penalties, grammar and minimum length, in this order, on a copy if anything changes."""
+        adjusted = raw
+        for i, state in enumerate(states):
+            if state._plain:
+                continue
+            changed = self._adjust_row(raw[i], state)
+            if changed is not None:
+                if adjusted is raw:
+                    adjusted = raw.clone()
+                adjusted[i] = changed
+        return adjusted
+
+    def _adjust_row(self, row: Tensor, state: SamplingState) -> Tensor | None:
+        p = state.params
+        outputs = state.output_ids
+        before = row
+        if p.logit_bias:
+            row = row.clone()
+            row[list(p.logit_bias)] += torch.tensor(list(p.logit_bias.values()), device=row.device)
+        if p.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted({*state.prompt_ids, *outputs}), device=row.device)
+            values = row[seen]
+            penalised = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+            row = row.scatter(0, seen, penalised)
+        if outputs and (p.presence_penalty or p.frequency_penalty):
+            ids, counts = np.unique(np.asarray(outputs, dtype=np.int64), return_counts=True)
+            penalty = torch.from_numpy(p.presence_penalty + p.frequency_penalty * counts).to(row)
+            row = row.scatter_add(0, torch.from_numpy(ids).to(row.device), -penalty)
+        if state.grammar is not None:
+            allowed = torch.from_numpy(state.grammar.allowed()).to(row.device)
+            row = row.masked_fill(~allowed, -torch.inf)
+        if len(outputs) < p.min_tokens:
+            row = row.clone()
+            row[[*self._eos, *(t for t in p.stop_token_ids if t < self._vocab_size)]] = -torch.inf
+        return None if row is before else row
+
+    # ── Drawing ───────────────────────────────────────────────────────────────────────────────────
+
+    def _draw(self, logits: Tensor, states: list[SamplingState]) -> Tensor:
+        """Temperature, min-p, top-k and top-p, then one draw a row -> token ids int64 [R]."""
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+
+        params = [state.params for state in states]
+        # Shifting by the maximum first keeps tiny temperatures from overflowing.
+        shifted = logits - logits.amax(-1, keepdim=True)
+        probs = torch.softmax(shifted / column([max(p.temperature, 1e-6) for p in params]), dim=-1)
+        if any(p.min_p > 0 for p in params):
+            floor = probs.amax(-1, keepdim=True) * column([p.min_p for p in params])
+            probs = probs.masked_fill(probs < floor, 0.0)
+        filtered = [i for i, p in enumerate(params) if p.top_p < 1.0 or 0 < p.top_k < self._vocab_size]
+        if filtered:
+            probs[filtered] = self._keep_best(probs[filtered], [params[i] for i in filtered])
+        cumulative = probs.double().cumsum(-1)
+        uniforms = [uniform(state.seed, len(state.output_ids)) for state in states]
+        target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
+        # The first entry above the target: never one of zero probability, since those do not rise.
+        index = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)
+        last = probs.shape[1] - 1 - (probs.flip(-1) > 0).int().argmax(-1, keepdim=True)
+        return torch.minimum(index, last).squeeze(1)
+
+    def _keep_best(self, probs: Tensor, params: list[SamplingParams]) -> Tensor:
+        """Zero what top-k and then top-p (of what top-k left) exclude. probs [R, V] -> [R, V]."""
+        ks = [min(p.top_k or self._vocab_size, self._vocab_size) for p in params]
+        width = min(NUCLEUS_CANDIDATES, self._vocab_size)
+        values, ids = probs.topk(width, dim=-1)  # [R, width], best first
+        if width < self._vocab_size:
+            covered = values.sum(-1) >= probs.sum(-1) * torch.tensor([p.top_p for p in params], device=probs.device)
+            short = [k > width and not (p.top_p < 1.0 and ok) for k, p, ok in zip(ks, params, covered.tolist(), strict=True)]
+            if any(short):
+                values, ids = probs.sort(dim=-1, descending=True)
+                width = self._vocab_size
+        rank = torch.arange(width, device=probs.device)
+        keep = rank < torch.tensor(ks, device=probs.device).unsqueeze(1)
+        # top-p is a share of what top-k left; without top-k, of everything.
+        within = torch.where(keep, values, 0.0)
+        total = torch.where(
+            torch.tensor([k < self._vocab_size for k in ks], device=probs.device), within.sum(-1), probs.sum(-1)
+        ).unsqueeze(1)
+        top_p = torch.tensor([p.top_p for p in params], device=probs.device).unsqueeze(1)
+        before = within.cumsum(-1) - within
+        keep &= (before < top_p * total) | (top_p >= 1.0)
+        keep[:, 0] = True
+        return torch.zeros_like(probs).scatter(1, ids, torch.where(keep, values, 0.0))
+
+    # ── Reporting ─────────────────────────────────────────────────────────────────────────────────
+
+    def _report(self, raw: Tensor, states: list[SamplingState], result: list[SampledToken]) -> None:
+        """Fill in log-probabilities where somebody reads them."""
+        wanted = [i for i, s in enumerate(states) if s.params.logprobs is not None or s.params.best_of > s.params.n]
+        if not wanted:
+            return
+        logprobs = torch.log_softmax(raw[wanted], dim=-1)
+        chosen = torch.tensor([result[i].token_id for i in wanted], device=raw.device).unsqueeze(1)
+        for i, value in zip(wanted, logprobs.gather(1, chosen).squeeze(1).tolist(), strict=True):
+            result[i].logprob = value
+        most = max(states[i].params.logprobs or 0 for i in wanted)
+        values, ids = logprobs.topk(min(most, raw.shape[1]), dim=-1)
+        for i, row_ids, row in zip(wanted, ids.tolist(), values.tolist(), strict=True):
+            count = states[i].params.logprobs
+            if count is not None:
+                result[i].top = list(zip(row_ids[:count], row[:count], strict=True))
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Rows with NaN or infinities (a broken row must not take its batch mates down), others as they are."""
+    if bool(torch.isfinite(logits.sum())):
+        return logits
+    return torch.nan_to_num(logits, nan=-1e30, posinf=1e30, neginf=-1e30)

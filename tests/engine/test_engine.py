@@ -1,0 +1,416 @@
+"""Whatever the scheduler does with memory and order, every request gets the tokens it would get alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from blockyard.engine.engine import Engine
+from blockyard.engine.errors import RequestError
+from blockyard.engine.outputs import SequenceOutput
+from blockyard.engine.sampling_params import SamplingParams
+from blockyard.engine.scheduler import Scheduler
+from blockyard.engine.sequence import Place
+
+from .oracle import EOS, VOCAB, MakeEngine, OracleRunner, greedy_reference
+
+Tokens = dict[tuple[str, int], list[int]]
+
+
+def drain(engine: Engine, tokens: Tokens | None = None, *, limit: int = 5000) -> Tokens:
+    """Step until idle, checking every invariant after every step; returns all tokens by choice."""
+    tokens = {} if tokens is None else tokens
+    for _ in range(limit):
+        if not engine.has_work:
+            break
+        collect(engine.step(), tokens)
+        engine.check()
+    assert not engine.has_work, "the engine makes no progress"
+    usage = engine.stats().device
+    assert usage.active == 0 and usage.free + usage.cached == usage.total
+    return tokens
+
+
+def collect(outputs: list[SequenceOutput], tokens: Tokens) -> None:
+    for output in outputs:
+        tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of which many share a beginning."""
+    rng = random.Random(seed)
+    stems = [[rng.randrange(4, VOCAB) for _ in range(rng.randrange(1, 30))] for _ in range(3)]
+    return [rng.choice(stems) + [rng.randrange(4, VOCAB) for _ in range(rng.randrange(1, 12))] for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("block_tokens", "num_blocks", "max_batch_tokens", "preemption", "prefix_cache", "host_blocks"),
+    [
+        combination
+        for combination in itertools.product(
+            (2, 8), (40, 200), (5, 64), ("recompute", "swap"), (False, True), (0, 30)
+        )
+        if not (combination[3] == "recompute" and combination[5])
+    ],
+)
+def test_same_tokens_under_every_combination(
+    oracle_engine: MakeEngine,
+    block_tokens: int,
+    num_blocks: int,
+    max_batch_tokens: int,
+    preemption: str,
+    prefix_cache: bool,
+    host_blocks: int,
+) -> None:
+    engine = oracle_engine(
+        block_tokens=block_tokens,
+        num_blocks=num_blocks,
+        host_blocks=host_blocks,
+        max_batch_tokens=max_batch_tokens,
+        preemption=preemption,
+        prefix_cache=prefix_cache,
+        max_num_seqs=5,
+    )
+    wanted = {}
+    for i, prompt in enumerate(prompts(14)):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=20))
+        wanted[str(i), 0] = greedy_reference(prompt, 20)
+    assert drain(engine) == wanted
+    if not prefix_cache:
+        assert engine.stats().prefix_hits == 0
+
+
+def test_the_matrix_above_preempts_in_both_ways(oracle_engine: MakeEngine) -> None:
+    for preemption, host_blocks in (("recompute", 0), ("swap", 100)):
+        engine = oracle_engine(num_blocks=24, block_tokens=4, preemption=preemption, host_blocks=host_blocks)
+        for i, prompt in enumerate(prompts(8)):
+            engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+        drain(engine)
+        stats = engine.stats()
+        assert (stats.preemptions_recompute > 0) == (preemption == "recompute"), stats
+        assert (stats.preemptions_swap > 0) == (preemption == "swap"), stats
+        assert stats.host.active == 0
+
+
+def test_a_full_host_tier_falls_back_to_recompute(oracle_engine: MakeEngine) -> None:
+    engine = oracle_engine(num_blocks=24, preemption="swap", host_blocks=3)
+    wanted = {}
+    for i, prompt in enumerate(prompts(8)):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+        wanted[str(i), 0] = greedy_reference(prompt, 40, ignore_eos=True)
+    assert drain(engine) == wanted
+    assert engine.stats().preemptions_recompute > 0
+
+
+def test_requests_admitted_in_one_step_share_what_that_step_computes(oracle_engine: MakeEngine) -> None:
+    engine = oracle_engine(num_blocks=200, max_batch_tokens=100, max_num_seqs=8)
+    prompt = [5, 6, 7, 8] * 10
+    for i in range(4):
+        engine.add_request(str(i), [*prompt, 10 + i], SamplingParams(temperature=0, max_tokens=1))
+    engine.step()
+    assert isinstance(engine.runner, OracleRunner)
+    assert engine.runner.computed_tokens == len(prompt) + 4
+
+
+def test_a_conversation_hits_its_own_output(oracle_engine: MakeEngine) -> None:
+    engine = oracle_engine(num_blocks=200)
+    history = [9, 10, 11, 12, 13]
+    for turn in range(4):
+        engine.add_request(str(turn), list(history), SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+        outputs: list[SequenceOutput] = []
+        while engine.has_work:
+            outputs += engine.step()
+        # The last token's KV is never computed; everything before it is, in whole blocks.
+        assert outputs[0].cached_tokens == (0 if turn == 0 else (known - 1) // 4 * 4)
+        history += [t for output in outputs for t in output.token_ids]
+        known = len(history)
+        history += [20 + turn]
+
+
+def test_tenants_never_share_blocks(oracle_engine: MakeEngine) -> None:
+    engine = oracle_engine(num_blocks=200)
+    prompt = [7] * 33
+    for tenant in ("a", "b", "a"):
+        engine.add_request(tenant, prompt, SamplingParams(temperature=0, max_tokens=1), tenant=tenant)
+        drain(engine)
+    assert engine.stats().prefix_hits == 32  # the second visit of tenant a alone
+
+
+def test_priorities_go_first_and_tenants_take_turns(oracle_engine: MakeEngine) -> None:
+    engine = oracle_engine(num_blocks=200, max_num_seqs=1)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    for i in range(6):
+        engine.add_request(f"greedy-{i}", [5, i + 6], params, tenant="greedy")
+    engine.add_request("modest-0", [5, 20], params, tenant="modest")
+    engine.add_request("modest-1", [5, 21], params, tenant="modest")
+    engine.add_request("urgent", [5, 22], params, tenant="greedy", priority=-1)
+    finished = []
+    while engine.has_work:
+        finished += [o.request_id for o in engine.step() if o.finish_reason]
+    assert finished[0] == "urgent"
+    assert {"modest-0", "modest-1"} <= set(finished[1:6]), finished
+
+
+def test_n_shares_the_prompt_and_matches_single_requests(oracle_engine: MakeEngine) -> None:
+    prompt = [5, 6, 7, 8, 9, 10]
+    alone = oracle_engine(num_blocks=100)
+    together = oracle_engine(num_blocks=100)
+    params = SamplingParams(temperature=1.0, seed=11, n=4, best_of=4, max_tokens=12, ignore_eos=True)
+    together.add_request("r", prompt, params)
+    tokens = drain(together)
+    assert len(tokens) == 4 and len({tuple(t) for t in tokens.values()}) == 4
+    alone.add_request("r", prompt, SamplingParams(temperature=1.0, seed=11, max_tokens=12, ignore_eos=True))
+    assert drain(alone)["r", 0] == tokens["r", 0]
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("kind", ["n", "best_of", "beam"])
+def test_forked_requests_survive_preemption(oracle_engine: MakeEngine, kind: str, preemption: str) -> None:
+    params = {
+        "n": SamplingParams(temperature=0.9, seed=3, n=3, best_of=3, max_tokens=24, ignore_eos=True, logprobs=1),
+        "best_of": SamplingParams(temperature=0.9, seed=3, n=1, best_of=3, max_tokens=24, ignore_eos=True),
+        "beam": SamplingParams(temperature=0, n=2, best_of=3, beam_search=True, max_tokens=24),
+    }[kind]
+
+    def run(num_blocks: int) -> tuple[Tokens, int]:
+        engine = oracle_engine(
+            num_blocks=num_blocks, preemption=preemption, host_blocks=60, max_num_seqs=12, max_batch_tokens=16
+        )
+        for i, prompt in enumerate(prompts(6, seed=5)):
+            engine.add_request(str(i), prompt, params)
+        tokens = drain(engine)
+        stats = engine.stats()
+        return tokens, stats.preemptions_recompute + stats.preemptions_swap
+
+    roomy, none = run(600)
+    tight, some = run(36)
+    assert none == 0 < some
+    assert tight == roomy
+    assert len(roomy) == 6 * params.n
+
+
+def test_impossible_requests_are_refused_with_the_numbers(oracle_engine: MakeEngine) -> None:
+    engine = oracle_engine(num_blocks=8, block_tokens=4, max_num_seqs=4)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    with pytest.raises(RequestError, match="30 tokens.*together 38.*at most 32") as caught:
+        engine.add_request("long", [5] * 30, params)
+    assert caught.value.field == "max_tokens"
+    with pytest.raises(RequestError, match="10 KV blocks.*the pool has 8"):
+        engine.add_request("wide", [5] * 4, SamplingParams(temperature=1, max_tokens=13, n=3, best_of=3))
+    with pytest.raises(RequestError, match="at most 4"):
+        engine.add_request("wider", [5], SamplingParams(n=5, best_of=5, max_tokens=1))
+    with pytest.raises(RequestError, match="no tokens"):
+        engine.add_request("empty", [], params)
+    with pytest.raises(RequestError, match=f"token {VOCAB}"):
+        engine.add_request("unknown", [VOCAB], params)
+    engine.add_request("twin", [5], params)
+    with pytest.raises(RequestError, match="is being served"):
+        engine.add_request("twin", [5], params)
+    engine.check()
+    drain(engine)
+
+
+def test_a_request_as_large_as_the_pool_is_served(oracle_engine: MakeEngine) -> None:
+    for width in (1, 2):
+        engine = oracle_engine(num_blocks=8, block_tokens=4, max_batch_tokens=8)
+        params = SamplingParams(temperature=0, max_tokens=33 - 16 - 8 * (width - 1), n=width, best_of=width,
+                                ignore_eos=True)
+        engine.add_request("large", [5] * (15 if width == 1 else 16), params)
+        engine.add_request("next", [6] * 15, SamplingParams(temperature=0, max_tokens=17, ignore_eos=True))
+        tokens = drain(engine)
+        assert tokens["next", 0] == greedy_reference([6] * 15, 17, ignore_eos=True)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests of every kind come, are stepped and aborted in any order under little memory."""
+
+    make: Callable[..., Engine]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: Tokens = {}
+        self.wanted: Tokens = {}
+        self.aborted: set[str] = set()
+        self.count = 0
+
+    @initialize(
+        block_tokens=st.sampled_from([1, 2, 4]),
+        num_blocks=st.integers(24, 40),
+        host_blocks=st.sampled_from([0, 8, 60]),
+        max_batch_tokens=st.integers(3, 20),
+        preemption=st.sampled_from(["recompute", "swap"]),
+        prefix_cache=st.booleans(),
+    )
+    def start(self, **sizes: object) -> None:
+        self.engine = type(self).make(max_num_seqs=6, **sizes)
+
+    @rule(
+        stem=st.integers(0, 2),
+        length=st.integers(1, 12),
+        max_tokens=st.integers(1, 10),
+        tenant=st.sampled_from(["", "a", "b"]),
+        priority=st.integers(-1, 1),
+        width=st.sampled_from([1, 1, 1, 2, 3]),
+        kind=st.sampled_from(["n", "best_of", "beam"]),
+    )
+    def add(
+        self, stem: int, length: int, max_tokens: int, tenant: str, priority: int, width: int, kind: str
+    ) -> None:
+        request_id = str(self.count)
+        self.count += 1
+        prompt = [5 + stem + (i % 3) for i in range(length)]
+        beam = kind == "beam" and width > 1
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            n=1 if kind == "best_of" or beam else width,
+            best_of=width,
+            beam_search=beam,
+        )
+        try:
+            self.engine.add_request(request_id, prompt, params, tenant=tenant, priority=priority)
+        except RequestError as error:
+            assert "the pool has" in str(error) or "at most" in str(error)
+            return
+        if not beam:
+            expected = greedy_reference(prompt, max_tokens)
+            for index in range(params.n):
+                self.wanted[request_id, index] = expected
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            collect(self.engine.step(), self.tokens)
+            self.engine.check()
+
+    @precondition(lambda self: self.count)
+    @rule(which=st.integers(0, 100), index=st.sampled_from([None, None, 0, 1]))
+    def abort(self, which: int, index: int | None) -> None:
+        request_id = str(which % self.count)
+        self.engine.abort(request_id, index)
+        self.aborted.add(request_id)
+
+    @invariant()
+    def sound(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        drain(self.engine, self.tokens)
+        for choice, expected in self.wanted.items():
+            got = self.tokens.get(choice, [])
+            if choice[0] in self.aborted:
+                assert got == expected[: len(got)]
+            else:
+                assert got == expected
+        host = self.engine.stats().host
+        assert host.active == 0
+
+
+@pytest.mark.parametrize("examples", [120])
+def test_engine_machine(oracle_engine: MakeEngine, examples: int) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine = type("Machine", (EngineMachine,), {"make": staticmethod(oracle_engine)})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=examples, stateful_step_count=30, deadline=None)
+    )
+
+
+def _free_a_used_row(scheduler: Scheduler) -> None:
+    scheduler._free_rows.append(scheduler.running[0].live[0].row)
+
+
+def _leak_a_block(scheduler: Scheduler) -> None:
+    scheduler.running[0].live[0].blocks.pop()
+
+
+def _share_without_reference(scheduler: Scheduler) -> None:
+    scheduler.running[1].live[0].blocks[0] = scheduler.running[0].live[0].blocks[0]
+
+
+def _miscount_reserved_rows(scheduler: Scheduler) -> None:
+    scheduler._reserved_rows += 1
+
+
+def _compute_too_far(scheduler: Scheduler) -> None:
+    sequence = scheduler.running[0].live[0]
+    sequence.num_computed = len(sequence.token_ids)
+
+
+def _wrong_place(scheduler: Scheduler) -> None:
+    scheduler.running[0].live[0].place = Place.HOST
+
+
+def _two_places(scheduler: Scheduler) -> None:
+    scheduler.preempted.append(scheduler.running[0])
+
+
+def _out_of_order(scheduler: Scheduler) -> None:
+    scheduler.running.reverse()
+
+
+def _lost_request(scheduler: Scheduler) -> None:
+    scheduler.waiting._waiting.clear()
+
+
+def _forgotten_tenant(scheduler: Scheduler) -> None:
+    scheduler.waiting._present.clear()
+
+
+def _mixed_output(scheduler: Scheduler) -> None:
+    scheduler.running[0].live[0].token_ids[-1] += 1
+
+
+def _published_too_much(scheduler: Scheduler) -> None:
+    scheduler.running[0].live[0].num_published += 1
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        _free_a_used_row,
+        _leak_a_block,
+        _share_without_reference,
+        _miscount_reserved_rows,
+        _compute_too_far,
+        _wrong_place,
+        _two_places,
+        _out_of_order,
+        _lost_request,
+        _forgotten_tenant,
+        _mixed_output,
+        _published_too_much,
+    ],
+)
+def test_check_notices(oracle_engine: MakeEngine, corrupt: Callable[[Scheduler], None]) -> None:
+    engine = oracle_engine(num_blocks=64, max_num_seqs=2)
+    for i in range(4):
+        engine.add_request(str(i), [5 + i] * 9, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    engine.check()
+    corrupt(engine.scheduler)
+    with pytest.raises(AssertionError):
+        engine.check()
+
+
+def test_end_of_text_ends_and_is_not_sent(oracle_engine: MakeEngine) -> None:
+    prompt = next(p for p in ([5, i, j] for i in range(4, 40) for j in range(4, 40)) if len(greedy_reference(p, 30)) < 30)
+    engine = oracle_engine()
+    engine.add_request("r", prompt, SamplingParams(temperature=0, max_tokens=30))
+    last = None
+    while engine.has_work:
+        for output in engine.step():
+            last = output
+    assert last is not None and last.finish_reason == "stop" and last.stop_token_id == EOS
+    assert last.token_ids == []
