@@ -244,15 +244,14 @@ class Scheduler:
 
     def _asks(self, request: Request) -> list[list[tuple[Sequence, int]]]:
         """What a running request wants of this step: lists that are served whole or not at all."""
+        ready = [sequence for sequence in request.live if self._adopt(sequence)]
         if request.beam is None or len(request.live) == 1:
-            return [
-                [(sequence, sequence.remaining)] for sequence in request.live if self._adopt(sequence)
-            ]
+            return [[(sequence, sequence.remaining)] for sequence in ready]
         # Beams advance in lockstep; after a preemption they first catch up to their last token.
-        behind = [s for s in request.live if s.remaining > 1]
-        if behind:
-            return [[(sequence, sequence.remaining - 1)] for sequence in behind if self._adopt(sequence)]
-        return [[(sequence, 1) for sequence in request.live]]
+        behind = [sequence for sequence in ready if sequence.remaining > 1]
+        if behind or len(ready) < len(request.live):
+            return [[(sequence, sequence.remaining - 1)] for sequence in behind]
+        return [[(sequence, 1) for sequence in ready]]
 
     def _adopt(self, sequence: Sequence) -> bool:
         """After a preemption by recompute, let siblings share the prompt that the first one recomputes.

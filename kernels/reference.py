@@ -69,7 +69,7 @@ def rope_and_write_kv(
     which may or may not share memory with qkv; qkv's contents are undefined afterwards.
     """
     _, _, kv_heads, block_tokens, head_dim = kv.shape
-    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split((num_heads, kv_heads, kv_heads), dim=1)
+    q, k, v = qkv.view(-1, num_heads + 2 * kv_heads, head_dim).split((num_heads, kv_heads, kv_heads), dim=1)
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps)
     if k_norm is not None:

@@ -1,0 +1,232 @@
+"""The decoder: token ids and paged KV in, logits out; one generic model for the whole Llama family.
+
+The only file that knows what a transformer layer is. It asks ``kernels`` for every operation and does
+not know on which device or by which implementation they run. Under tensor parallelism each rank holds
+an equal share of the heads, of the MLP and of the vocabulary (Megatron-LM's split: two sums a layer).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .errors import ConfigError
+from .model_config import ModelConfig, RopeConfig
+from .weights import Weights, weights_identity
+
+
+class Communicator(Protocol):
+    """How ranks talk inside a forward pass."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place where possible."""
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        """[T, N / size] of every rank -> [T, N] on rank 0, None elsewhere."""
+
+
+class Alone:
+    """The communicator of a single rank."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        return x
+
+
+@dataclass(slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: kernels.Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: kernels.Linear
+    post_norm: Tensor
+    gate_up: kernels.Linear
+    down: kernels.Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank holds of each layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    kv_part: int  # which of kv_parts slices of the KV heads
+    kv_parts: int
+    vocab: int  # padded to a multiple of the ranks
+
+    @classmethod
+    def of(cls, config: ModelConfig, rank: int, size: int) -> Shard:
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        fits = heads % size == 0 and config.intermediate_size % size == 0
+        if not fits or (kv_heads % size and size % kv_heads):
+            raise ConfigError(
+                f"tensor_parallel is {size}, but the model has {heads} heads, {kv_heads} KV heads and an "
+                f"intermediate size of {config.intermediate_size}: each must divide evenly (KV heads may be "
+                "repeated). Choose another tensor_parallel"
+            )
+        if kv_heads % size == 0:
+            kv_parts, kv_part = size, rank
+        else:  # fewer KV heads than ranks: each is kept by several
+            kv_parts, kv_part = kv_heads, rank // (size // kv_heads)
+        return cls(heads // size, kv_heads // kv_parts, kv_part, kv_parts, -(-config.vocab_size // size))
+
+
+class Model:
+    """The weights of one rank and the forward pass over them. Inference only."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        comm: Communicator | None = None,
+    ) -> None:
+        self.config = config
+        self._comm = comm or Alone()
+        self.shard = Shard.of(config, self._comm.rank, self._comm.size)
+        self._scale = config.head_dim**-0.5
+        self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_positions, device)
+        with Weights(directory, dtype, device) as weights:
+            self._embedding = weights.get("model.embed_tokens.weight")
+            self._layers = [self._load_layer(weights, f"model.layers.{i}.") for i in range(config.num_layers)]
+            self._norm = weights.get("model.norm.weight")
+            self._head = kernels.prepare_linear(self._load_head(weights), None)
+
+    def _load_layer(self, weights: Weights, prefix: str) -> _Layer:
+        config, shard, rank, size = self.config, self.shard, self._comm.rank, self._comm.size
+
+        def rows(name: str, part: int = rank, parts: int = size) -> Tensor:
+            return weights.get(prefix + name, axis=0, part=part, parts=parts)
+
+        def fused(names: list[str], kind: str) -> Tensor:
+            kv = {"part": shard.kv_part, "parts": shard.kv_parts}
+            return torch.cat([rows(f"{n}.{kind}", **(kv if ".k_" in n or ".v_" in n else {})) for n in names])
+
+        def columns(name: str, bias: bool) -> kernels.Linear:
+            weight = weights.get(f"{prefix}{name}.weight", axis=1, part=rank, parts=size)
+            # Partial products are summed over ranks, so only one of them may add the bias.
+            return kernels.prepare_linear(weight, rows(f"{name}.bias", 0, 1) if bias and rank == 0 else None)
+
+        qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+        gate_up = ["mlp.gate_proj", "mlp.up_proj"]
+        return _Layer(
+            input_norm=weights.get(prefix + "input_layernorm.weight"),
+            qkv=kernels.prepare_linear(
+                fused(qkv, "weight"), fused(qkv, "bias") if config.attention_bias else None
+            ),
+            q_norm=weights.get(prefix + "self_attn.q_norm.weight") if config.qk_norm else None,
+            k_norm=weights.get(prefix + "self_attn.k_norm.weight") if config.qk_norm else None,
+            output=columns("self_attn.o_proj", config.output_bias),
+            post_norm=weights.get(prefix + "post_attention_layernorm.weight"),
+            gate_up=kernels.prepare_linear(
+                fused(gate_up, "weight"), fused(gate_up, "bias") if config.mlp_bias else None
+            ),
+            down=columns("mlp.down_proj", config.mlp_bias),
+        )
+
+    def _load_head(self, weights: Weights) -> Tensor:
+        """This rank's rows of the output matrix, zero-padded so that all ranks have as many."""
+        tied = self.config.tie_embeddings or "lm_head.weight" not in weights
+        whole = self._embedding if tied else weights.get("lm_head.weight")
+        part = whole[self._comm.rank * self.shard.vocab : (self._comm.rank + 1) * self.shard.vocab]
+        return torch.nn.functional.pad(part, (0, 0, 0, self.shard.vocab - len(part)))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        kv: Tensor,
+        batch: kernels.PagedBatch,
+        logit_rows: Tensor,
+    ) -> Tensor | None:
+        """One pass over T tokens: their KV is written to ``slots`` and read through ``batch``.
+
+        token_ids, positions int [T]; slots int64 [T]; kv [num_blocks, layers, 2, kv_heads, block_tokens,
+        head_dim]; logit_rows int64 [L]: the tokens whose logits are wanted -> [L, V] (None on other ranks
+        than 0).
+        """
+        config, comm = self.config, self._comm
+        heads, eps = self.shard.num_heads, config.rms_norm_eps
+        residual = self._embedding[token_ids]
+        x = kernels.rms_norm(residual, self._layers[0].input_norm, eps)
+        for index, layer in enumerate(self._layers):
+            if index:
+                x = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
+            layer_kv = kv[:, index]
+            q = kernels.rope_and_write_kv(
+                kernels.linear(x, layer.qkv),
+                layer_kv,
+                slots,
+                positions,
+                self._cos,
+                self._sin,
+                num_heads=heads,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=eps,
+            )
+            attended = kernels.paged_attention(q, layer_kv, batch, scale=self._scale)
+            x = comm.all_reduce(kernels.linear(attended.view(len(attended), -1), layer.output))
+            x = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = comm.all_reduce(kernels.linear(kernels.swiglu(kernels.linear(x, layer.gate_up)), layer.down))
+        x, residual = x[logit_rows], residual[logit_rows]
+        logits = comm.gather_columns(kernels.linear(kernels.add_rms_norm(x, residual, self._norm, eps), self._head))
+        return None if logits is None else logits[:, : config.vocab_size]
+
+
+def rope_tables(rope: RopeConfig, head_dim: int, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin float32 [positions, head_dim / 2], computed as transformers does."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequency = 1.0 / (rope.theta**exponent)
+    if rope.kind == "linear":
+        frequency = frequency / rope.factor
+    elif rope.kind == "llama3":
+        wavelength = 2 * math.pi / frequency
+        low = rope.original_max_positions / rope.low_freq_factor
+        high = rope.original_max_positions / rope.high_freq_factor
+        smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        blended = (1 - smooth) * frequency / rope.factor + smooth * frequency
+        stretched = torch.where(wavelength > low, frequency / rope.factor, frequency)
+        frequency = torch.where((wavelength <= low) & (wavelength >= high), blended, stretched)
+    angles = torch.outer(torch.arange(positions, dtype=torch.int64).float(), frequency)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def layout_digest(
+    directory: Path, config: ModelConfig, *, dtype: torch.dtype, block_tokens: int, tensor_parallel: int
+) -> str:
+    """Hash of all that makes two engines' blocks exchangeable, and of nothing that belongs to one instance."""
+    facts = {
+        "weights": weights_identity(directory),
+        "dtype": str(dtype),
+        "block_tokens": block_tokens,
+        "layers": config.num_layers,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope": repr(config.rope),
+        "tensor_parallel": tensor_parallel,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
