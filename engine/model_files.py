@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -123,11 +124,12 @@ def _convert_here(gguf: Path, target: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import quantization_config
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    if hasattr(utils.quantization_config, "GgufConfig"):
-        source["quantization_config"] = utils.quantization_config.GgufConfig(dequantize=True)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    if hasattr(quantization_config, "GgufConfig"):
+        source["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     tied = model.config.tie_word_embeddings
     tensors = {
