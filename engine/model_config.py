@@ -92,7 +92,7 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
             rope=_rope(raw, directory),
-            eos_token_ids=_eos(raw, directory),
+            eos_token_ids=read_eos_token_ids(raw, directory),
         )
 
 
@@ -116,7 +116,7 @@ def _rope(raw: dict[str, Any], directory: Path) -> RopeConfig:
     raise ConfigError(f"model {directory} stretches RoPE by {kind!r}; supported are default, linear and llama3")
 
 
-def _eos(raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
+def read_eos_token_ids(raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
     """End-of-text ids: generation_config.json knows more of them than config.json."""
     path = directory / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
