@@ -1,0 +1,205 @@
+"""The HTTP process's side of the engine: starts it, hands it requests, and knows when it is gone.
+
+Every request that a client holds open is a ``Generation``; whatever ends it (its last token, the client
+going away, the engine dying) goes through ``Generation.close``, so nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+
+import msgspec
+
+from ..engine.config import EngineConfig
+from ..engine.errors import ConfigError, EngineError, RequestError
+from ..engine.outputs import EngineStats, SequenceOutput
+from ..engine.sampling_params import SamplingParams
+from .messages import Abort, AddRequest, Command, Event, Failed, Outputs, Ready, Rejected, Shutdown, Stats
+from .wire import LENGTH, decode_event, frame
+
+EXIT_TIMEOUT = 5.0  # seconds the engine gets to leave by itself
+
+
+class EngineDied(EngineError):
+    """The engine process is gone; nothing can be computed any more."""
+
+
+class Generation:
+    """One request in the engine, seen from outside. Use as an async context manager: leaving it aborts."""
+
+    def __init__(self, client: EngineClient, request_id: str, choices: int) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._open = set(range(choices))
+        self._events: asyncio.Queue[SequenceOutput | Exception] = asyncio.Queue()
+
+    def put(self, event: SequenceOutput | Exception) -> None:
+        self._events.put_nowait(event)
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def outputs(self) -> AsyncIterator[SequenceOutput]:
+        """New tokens as they come. RequestError if the engine refuses the request, EngineDied if it is gone."""
+        while self._open:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                self._open.clear()
+                raise event
+            if event.index in self._open:  # else: a token that was under way when its choice was stopped
+                if event.finish_reason is not None:
+                    self._open.remove(event.index)
+                yield event
+
+    def stop(self, index: int) -> None:
+        """End one choice, whose text is complete, without ending the others."""
+        if index in self._open:
+            self._open.remove(index)
+            self._client.send(Abort(self.request_id, index if self._open else None))
+
+    def close(self) -> None:
+        """Forget the request; if it is still being computed, tell the engine to drop it."""
+        if self._client.forget(self.request_id) and self._open:
+            self._open.clear()
+            self._client.send(Abort(self.request_id))
+
+
+class EngineClient:
+    """Owns the engine process and the requests in it."""
+
+    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+        self.ready: Ready | None = None
+        self.stats = EngineStats()
+        self.failure: EngineError | None = None
+        self.gone = asyncio.Event()  # the engine has ended, for whatever reason
+        self._on_change = on_change
+        self._ids = itertools.count()
+        self._generations: dict[str, Generation] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._generations)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self, config: EngineConfig) -> Ready:
+        """Start the process and wait until the model is loaded. ConfigError or EngineDied if it cannot be."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "blockyard.agent.engine_process", str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "BLOCKYARD_ENGINE_CONFIG": msgspec.json.encode(config).decode()},
+            )  # fmt: skip
+        finally:
+            theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._reading = asyncio.create_task(self._read(reader, loaded))
+        return await loaded
+
+    async def _read(self, reader: asyncio.StreamReader, loaded: asyncio.Future[Ready]) -> None:
+        try:
+            while True:
+                header = await reader.readexactly(LENGTH.size)
+                event = decode_event(await reader.readexactly(LENGTH.unpack(header)[0]))
+                if isinstance(event, Ready):
+                    self.ready = event
+                    loaded.set_result(event)
+                else:
+                    self._handle(event)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            await self._bury(loaded)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Outputs():
+                for output in event.outputs:
+                    generation = self._generations.get(output.request_id)
+                    if generation is not None:
+                        generation.put(output)
+            case Rejected():
+                generation = self._generations.get(event.request_id)
+                if generation is not None:
+                    generation.put(RequestError(event.message, field=event.field))
+            case Stats():
+                self.stats = event.stats
+                self._on_change()
+            case Failed():
+                self.failure = ConfigError(event.message) if event.config else EngineDied(event.message)
+
+    async def _bury(self, loaded: asyncio.Future[Ready]) -> None:
+        """The socket has ended: fail whoever waits."""
+        assert self._process is not None
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT)
+        if self.failure is None and not self._closing:
+            self.failure = EngineDied(f"the engine process ended with exit code {self._process.returncode}")
+        error = self.failure or EngineDied("the engine was shut down")
+        for generation in self._generations.values():
+            generation.put(EngineDied(str(error)))
+        if not loaded.done():
+            loaded.set_exception(error)
+        self.gone.set()
+        self._on_change()
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams, *, tenant: str, priority: int) -> Generation:
+        """Hand a request to the engine. EngineDied if there is none."""
+        if self._writer is None or self.gone.is_set():
+            raise EngineDied(str(self.failure or "the engine is not running"))
+        generation = Generation(self, f"r{next(self._ids)}", params.n)
+        self._generations[generation.request_id] = generation
+        self.send(AddRequest(generation.request_id, prompt_ids, params, tenant, priority))
+        self._on_change()
+        return generation
+
+    def forget(self, request_id: str) -> bool:
+        known = self._generations.pop(request_id, None) is not None
+        if known:
+            self._on_change()
+        return known
+
+    def send(self, command: Command) -> None:
+        if self._writer is not None and not self.gone.is_set():
+            self._writer.write(frame(command))
+
+    def fail_all(self, message: str) -> None:
+        """End every open request with an error: the grace period is over."""
+        for generation in self._generations.values():
+            generation.put(EngineDied(message))
+
+    async def close(self) -> None:
+        """End the process: asked, then killed."""
+        self._closing = True
+        if self._process is None:
+            return
+        self.send(Shutdown())
+        if self._writer is not None:
+            self._writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        if self._reading is not None:
+            await self._reading

@@ -1,0 +1,113 @@
+"""/openapi.json: the HTTP contract, made from the same models that validate requests."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from .. import __version__
+from . import openai_api as api
+from .protocol import AgentStatus
+
+_REF = "#/components/schemas/{model}"
+_REQUESTS: list[type[BaseModel]] = [api.CompletionRequest, api.ChatRequest, api.TokenizeRequest]
+_RESPONSES: list[type[BaseModel]] = [
+    api.CompletionResponse,
+    api.ChatResponse,
+    api.TokenizeResponse,
+    api.ModelList,
+    api.ErrorResponse,
+    AgentStatus,
+]
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+def _answer(description: str, model: type[BaseModel] | None = None, media: str = "application/json") -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"} if media != "application/json" else {"type": "object"}
+    return {"description": description, "content": {media: {"schema": _ref(model) if model else schema}}}
+
+
+def _operation(
+    summary: str,
+    good: dict[str, Any],
+    *,
+    body: type[BaseModel] | None = None,
+    errors: tuple[int, ...] = (),
+    parameters: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "responses": {"200": good, **{str(s): _answer("error", api.ErrorResponse) for s in errors}},
+    }
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+    if parameters:
+        operation["parameters"] = parameters
+    return operation
+
+
+def _query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "schema": schema, "description": description}
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The OpenAPI 3.1 document of an agent."""
+    _, requests = models_json_schema([(m, "validation") for m in _REQUESTS], ref_template=_REF)
+    _, responses = models_json_schema([(m, "serialization") for m in _RESPONSES], ref_template=_REF)
+    tenant = {
+        "name": "x-tenant",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string", "maxLength": 128},
+        "description": "whose request it is: tenants share fairly and never share cached prefixes",
+    }
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+
+    def completion(summary: str, body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+        good = _answer("the answer, or with stream its events", answer)
+        good["content"].update(stream)
+        errors = (400, 404, 413, 429, 503)
+        return {"post": _operation(summary, good, body=body, errors=errors, parameters=[tenant])}
+
+    probe = {"200": _answer("yes"), "503": _answer("no")}
+    status_parameters = [
+        _query("since", {"type": "integer"}, "answer when the version is another one"),
+        _query("wait", {"type": "number", "minimum": 0, "maximum": 60}, "seconds to wait for that"),
+    ]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Blockyard agent", "version": __version__},
+        "paths": {
+            "/v1/chat/completions": completion("answer a chat", api.ChatRequest, api.ChatResponse),
+            "/v1/completions": completion("continue a prompt", api.CompletionRequest, api.CompletionResponse),
+            "/v1/models": {"get": _operation("the models served", _answer("models", api.ModelList))},
+            "/tokenize": {
+                "post": _operation(
+                    "token ids of a prompt or chat",
+                    _answer("tokens", api.TokenizeResponse),
+                    body=api.TokenizeRequest,
+                    errors=(400, 404, 413, 503),
+                )
+            },
+            "/status": {
+                "get": _operation(
+                    "the agent's block pool and load",
+                    _answer("status", AgentStatus),
+                    errors=(400,),
+                    parameters=status_parameters,
+                )
+            },
+            "/healthz": {"get": {"summary": "alive?", "responses": probe}},
+            "/readyz": {"get": {"summary": "ready for requests?", "responses": probe}},
+            "/metrics": {"get": _operation("Prometheus metrics", _answer("metrics", media="text/plain"))},
+            "/openapi.json": {"get": _operation("this document", _answer("OpenAPI"))},
+        },
+        "components": {"schemas": {**requests["$defs"], **responses["$defs"]}},
+    }

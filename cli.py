@@ -1,0 +1,68 @@
+"""The ``blockyard`` command: subcommands are thin, what they do is elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .agent.chat_client import chat
+from .agent.server import serve
+from .agent.settings import AgentSettings
+from .engine.errors import EngineError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="blockyard", description="LLM serving from one paged KV pool")
+    parser.add_argument("--version", action="version", version=f"blockyard {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    agent = commands.add_parser(
+        "agent",
+        help="serve a model over HTTP",
+        description="Every flag can also be set as BLOCKYARD_NAME in the environment, or as name in --config.",
+    )
+    agent.add_argument("--config", type=Path, help="settings from a .toml or .json file")
+    for name, field in AgentSettings.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+        agent.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X", help=f"{field.description}{default}")
+
+    talk = commands.add_parser("chat", help="chat with any OpenAI server in the terminal")
+    talk.add_argument("--url", default="http://127.0.0.1:8000", help="server to talk to (default: %(default)s)")
+    talk.add_argument("--model", help="model name; the server's first if unset")
+    talk.add_argument("--system", help="system prompt")
+    talk.add_argument("--temperature", type=float)
+    talk.add_argument("--max-tokens", type=int)
+    return parser
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in AgentSettings.model_fields if (value := getattr(arguments, name)) is not None}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "agent":
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+            return asyncio.run(serve(AgentSettings.load(_flags(arguments), arguments.config)))
+        options = {
+            name: value
+            for name in ("temperature", "max_tokens")
+            if (value := getattr(arguments, name)) is not None
+        }
+        return asyncio.run(chat(arguments.url, arguments.model, arguments.system, options))
+    except EngineError as error:
+        print(f"blockyard: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
