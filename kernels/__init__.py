@@ -1,26 +1,22 @@
-"""Floor 1: tensors in, tensors out.
+"""Floor 1: tensors in, tensors out. ``dispatch`` chooses the implementation, ``reference`` is the meaning."""
 
-The one place that chooses an implementation, by the device of the tensors: Triton on CUDA, compiled C++
-(or plain torch) on the CPU. ``reference`` says what each operation means; nobody above this floor knows
-which implementation ran.
-"""
-
-from __future__ import annotations
-
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-
-from . import cpu_ops
 from .batch import PagedBatch
 from .cpu_ops import Linear
-
-if not TYPE_CHECKING and torch.cuda.is_available():
-    from . import triton_ops
-else:
-    triton_ops = cpu_ops  # never chosen: there are no CUDA tensors
+from .dispatch import (
+    add_rms_norm,
+    backend,
+    copy_blocks,
+    linear,
+    merge_partials,
+    paged_attention,
+    paged_attention_partial,
+    prepare_linear,
+    rms_norm,
+    rope,
+    rope_and_write_kv,
+    swiglu,
+    write_kv,
+)
 
 __all__ = [
     "Linear",
@@ -39,95 +35,3 @@ __all__ = [
     "swiglu",
     "write_kv",
 ]
-
-
-def _on(x: Tensor) -> Any:
-    chosen: ModuleType = triton_ops if x.is_cuda else cpu_ops
-    return chosen
-
-
-def backend(device: torch.device) -> str:
-    """Which implementation serves this device, for logs."""
-    return "Triton" if device.type == "cuda" else cpu_ops.name()
-
-
-def prepare_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Bring a weight [N, K] and bias [N] into the form that ``linear`` reads fastest.
-
-    The original can be dropped afterwards; the result is opaque.
-    """
-    if weight.is_cuda:
-        return weight, bias, weight.shape[0]
-    return cpu_ops.prepare_linear(weight, bias)
-
-
-def linear(x: Tensor, prepared: Linear) -> Tensor:
-    """x [T, K] times a prepared weight [N, K] -> [T, N]."""
-    return cpu_ops.linear(x, prepared)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See reference.rms_norm."""
-    return _on(x).rms_norm(x, weight, eps)  # type: ignore[no-any-return]
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See reference.add_rms_norm: ``residual`` is updated in place."""
-    return _on(x).add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """See reference.swiglu."""
-    return _on(gate_up).swiglu(gate_up)  # type: ignore[no-any-return]
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """See reference.rope."""
-    return _on(x).rope(x, cos, sin, positions)  # type: ignore[no-any-return]
-
-
-def rope_and_write_kv(
-    qkv: Tensor,
-    kv: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    num_heads: int,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """See reference.rope_and_write_kv."""
-    return _on(qkv).rope_and_write_kv(  # type: ignore[no-any-return]
-        qkv, kv, slots, positions, cos, sin, num_heads=num_heads, q_norm=q_norm, k_norm=k_norm, eps=eps
-    )
-
-
-def write_kv(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
-    """See reference.write_kv."""
-    _on(kv).write_kv(k, v, kv, slots)
-
-
-def paged_attention(q: Tensor, kv: Tensor, batch: PagedBatch, *, scale: float) -> Tensor:
-    """See reference.paged_attention."""
-    return _on(q).paged_attention(q, kv, batch, scale=scale)  # type: ignore[no-any-return]
-
-
-def paged_attention_partial(
-    q: Tensor, kv: Tensor, batch: PagedBatch, *, scale: float, causal: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.paged_attention_partial."""
-    return _on(q).paged_attention_partial(q, kv, batch, scale=scale, causal=causal)  # type: ignore[no-any-return]
-
-
-def merge_partials(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    """See reference.merge_partials."""
-    return _on(parts[0][0]).merge_partials(parts, dtype)  # type: ignore[no-any-return]
-
-
-def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
-    """See reference.copy_blocks: between pools, whichever devices they are on, or within one."""
-    same = source.is_cuda and destination.is_cuda
-    (triton_ops if same else cpu_ops).copy_blocks(source, destination, pairs)
