@@ -24,15 +24,19 @@ def _parser() -> argparse.ArgumentParser:
     agent = commands.add_parser(
         "agent",
         help="serve a model over HTTP",
-        description="Every flag can also be set as BLOCKYARD_NAME in the environment, or as name in --config.",
+        description="Every flag is also BLOCKYARD_NAME in the environment, and name in the --config file.",
     )
     agent.add_argument("--config", type=Path, help="settings from a .toml or .json file")
     for name, field in AgentSettings.model_fields.items():
         default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-        agent.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X", help=f"{field.description}{default}")
+        agent.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, metavar="X", help=f"{field.description}{default}"
+        )
 
     talk = commands.add_parser("chat", help="chat with any OpenAI server in the terminal")
-    talk.add_argument("--url", default="http://127.0.0.1:8000", help="server to talk to (default: %(default)s)")
+    talk.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="server to talk to (default: %(default)s)"
+    )
     talk.add_argument("--model", help="model name; the server's first if unset")
     talk.add_argument("--system", help="system prompt")
     talk.add_argument("--temperature", type=float)
@@ -41,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in AgentSettings.model_fields if (value := getattr(arguments, name)) is not None}
+    return {
+        name: value for name in AgentSettings.model_fields if (value := getattr(arguments, name)) is not None
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

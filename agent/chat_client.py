@@ -23,13 +23,24 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
 
 
 async def answer(
-    session: aiohttp.ClientSession, url: str, model: str, messages: list[dict[str, str]], options: dict[str, Any]
+    session: aiohttp.ClientSession,
+    url: str,
+    model: str,
+    messages: list[dict[str, str]],
+    options: dict[str, Any],
 ) -> tuple[str, str]:
-    """Stream one answer to the terminal -> (its text, a line about it). RuntimeError with the server's words."""
-    body = {"model": model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
+    """Stream one answer to the terminal -> (its text, a line about it). RuntimeError if refused."""
+    body = {
+        "model": model,
+        "messages": messages,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **options,
+    }
     begin = time.monotonic()
     first = last = 0.0
-    text, usage = "", {}
+    text = ""
+    usage: dict[str, Any] = {}
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {await response.text()}")
@@ -46,7 +57,9 @@ async def answer(
                     print(delta, end="", flush=True)
     tokens = usage.get("completion_tokens", 0)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    rate = f"{(tokens - 1) / (last - first):.1f} tokens/s" if tokens > 1 and last > first else f"{tokens} tokens"
+    rate = (
+        f"{(tokens - 1) / (last - first):.1f} tokens/s" if tokens > 1 and last > first else f"{tokens} tokens"
+    )
     line = (
         f"{rate}, first after {first - begin:.2f} s, prompt {usage.get('prompt_tokens', '?')} tokens "
         f"of which {cached} cached"

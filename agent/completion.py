@@ -7,9 +7,11 @@ classes hold those differences, everything else is here once.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ class Piece:
     """What is new of one choice: its text, the log-probs of its new tokens, and why it ended if it did."""
 
     index: int
+    tokens: int
     text: str
     logprobs: list[TokenLogprob]
     finish_reason: FinishReason | None
@@ -59,7 +62,7 @@ class Choice:
             rest, stopped_at_end = self._stops.feed(self._detokenizer.flush())
             text += rest if stopped_at_end else rest + self._stops.flush()
             reason = "stop" if stopped_at_end else reason
-        piece = Piece(self.index, text, output.logprobs or [], reason)
+        piece = Piece(self.index, len(output.token_ids), text, output.logprobs or [], reason)
         return piece, stopped and output.finish_reason is None
 
 
@@ -74,12 +77,17 @@ class Completion:
     stops: list[str]
     totals: Totals = field(default_factory=Totals)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    @property
+    def choices(self) -> int:
+        return self.choices_each * len(self.generations)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """New text of any choice, as it comes. Raises what ``Generation.outputs`` raises."""
         self.totals.prompt_tokens = sum(map(len, self.prompts))
         if len(self.generations) == 1:
-            async for piece in self._follow(0):
-                yield piece
+            async with aclosing(self._follow(0)) as pieces:
+                async for piece in pieces:
+                    yield piece
             return
         merged: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
@@ -106,7 +114,7 @@ class Completion:
             for task in tasks:
                 task.cancel()
 
-    async def _follow(self, number: int) -> AsyncIterator[Piece]:
+    async def _follow(self, number: int) -> AsyncGenerator[Piece, None]:
         generation = self.generations[number]
         first = number * self.choices_each
         choices = [Choice(self.tokenizer, self.stops, first + i) for i in range(self.choices_each)]
@@ -125,10 +133,24 @@ class Completion:
 # ── The two shapes ────────────────────────────────────────────────────────────────────────────────
 
 
+LOWEST_LOGPROB = -9999.0  # OpenAI's, for what JSON has no number for
+
+
+def _escaped(data: bytes) -> str:
+    """Bytes that are no text by themselves, as OpenAI writes them."""
+    return "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class Shape(Protocol):
     """How an endpoint words its answers."""
-
-    id: str
 
     def first_chunks(self, count: int) -> list[dict[str, Any]]: ...
     def chunk(self, piece: Piece) -> dict[str, Any]: ...
@@ -152,8 +174,7 @@ class ChatShape:
     """/v1/chat/completions."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._with_logprobs = logprobs
 
@@ -163,10 +184,12 @@ class ChatShape:
 
         def token(token_id: int, logprob: float) -> dict[str, Any]:
             data = self._tokenizer.token_bytes(token_id)
-            return {"token": self._tokenizer.token_text(token_id), "logprob": logprob, "bytes": list(data)}
+            text = self._tokenizer.token_text(token_id) if _is_text(data) else _escaped(data)
+            return {"token": text, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(data)}
 
         content = [
-            {**token(e.token_id, e.logprob), "top_logprobs": [token(i, value) for i, value in e.top]} for e in logprobs
+            {**token(e.token_id, e.logprob), "top_logprobs": [token(i, value) for i, value in e.top]}
+            for e in logprobs
         ]
         return {"content": content, "refusal": None}
 
@@ -176,7 +199,8 @@ class ChatShape:
     def first_chunks(self, count: int) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [
-            self._chunk([{"index": i, "delta": delta, "logprobs": None, "finish_reason": None}]) for i in range(count)
+            self._chunk([{"index": i, "delta": delta, "logprobs": None, "finish_reason": None}])
+            for i in range(count)
         ]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
@@ -208,29 +232,47 @@ class CompletionShape:
     """/v1/completions."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, echoes: list[str]) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
+        identity = f"cmpl-{uuid.uuid4().hex}"
+        self._head = {
+            "id": identity,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._tokenizer = tokenizer
         self._with_logprobs = logprobs
         self._echoes = echoes  # of each choice; empty strings where no echo is wanted
         self._offsets = [len(echo) for echo in echoes]
+        # A token may be a part of a character: offsets count the characters that are complete.
+        self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in echoes]
 
     def _entries(self, index: int, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
-        text = self._tokenizer.token_text
         offsets = []
         for entry in logprobs:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(text(entry.token_id))
+            data = self._tokenizer.token_bytes(entry.token_id)
+            self._offsets[index] += len(self._decoders[index].decode(data))
         return {
-            "tokens": [text(e.token_id) for e in logprobs],
-            "token_logprobs": [e.logprob for e in logprobs],
-            "top_logprobs": [{text(i): value for i, value in e.top} for e in logprobs],
+            "tokens": [self._token(entry.token_id) for entry in logprobs],
+            "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in logprobs],
+            "top_logprobs": [self._alternatives(entry) for entry in logprobs],
             "text_offset": offsets,
         }
 
-    def _choice(self, index: int, text: str, logprobs: list[TokenLogprob], reason: str | None) -> dict[str, Any]:
+    def _token(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        return self._tokenizer.token_text(token_id) if _is_text(data) else f"bytes:{_escaped(data)}"
+
+    def _alternatives(self, entry: TokenLogprob) -> dict[str, float]:
+        """The best tokens, and the chosen one even if it is not among them, as OpenAI has it."""
+        pairs = [*entry.top, (entry.token_id, entry.logprob)]
+        return {self._token(token_id): max(value, LOWEST_LOGPROB) for token_id, value in pairs}
+
+    def _choice(
+        self, index: int, text: str, logprobs: list[TokenLogprob], reason: str | None
+    ) -> dict[str, Any]:
         return {
             "index": index,
             "text": text,
@@ -246,7 +288,10 @@ class CompletionShape:
         ]
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        return {**self._head, "choices": [self._choice(piece.index, piece.text, piece.logprobs, piece.finish_reason)]}
+        return {
+            **self._head,
+            "choices": [self._choice(piece.index, piece.text, piece.logprobs, piece.finish_reason)],
+        }
 
     def usage_chunk(self, totals: Totals) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": totals.usage()}

@@ -1,7 +1,8 @@
 """The HTTP process's side of the engine: starts it, hands it requests, and knows when it is gone.
 
 Every request that a client holds open is a ``Generation``; whatever ends it (its last token, the client
-going away, the engine dying) goes through ``Generation.close``, so nothing stays behind.
+going away, the engine dying) goes through ``Generation.close``, so nothing stays behind. The process is
+started directly by this one and dies with it, whichever way it goes.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 
 import msgspec
@@ -29,6 +29,14 @@ EXIT_TIMEOUT = 5.0  # seconds the engine gets to leave by itself
 
 class EngineDied(EngineError):
     """The engine process is gone; nothing can be computed any more."""
+
+
+class ShuttingDown(EngineError):
+    """The request was cut off because the server is being shut down."""
+
+
+class InternalError(EngineError):
+    """The engine could not cope with this request; the others go on."""
 
 
 class Generation:
@@ -51,12 +59,15 @@ class Generation:
     ) -> None:
         self.close()
 
-    async def outputs(self) -> AsyncIterator[SequenceOutput]:
-        """New tokens as they come. RequestError if the engine refuses the request, EngineDied if it is gone."""
+    async def outputs(self) -> AsyncGenerator[SequenceOutput, None]:
+        """New tokens as they come, until every choice has ended.
+
+        RequestError or InternalError if the engine refuses the request, EngineDied if it is gone,
+        ShuttingDown if the server is going.
+        """
         while self._open:
             event = await self._events.get()
             if isinstance(event, Exception):
-                self._open.clear()
                 raise event
             if event.index in self._open:  # else: a token that was under way when its choice was stopped
                 if event.finish_reason is not None:
@@ -90,6 +101,8 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._sent = 0  # commands
+        self._covered = 0  # of those, commands that the last stats take into account
         self._closing = False
 
     @property
@@ -97,18 +110,21 @@ class EngineClient:
         return len(self._generations)
 
     @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+    def commands_pending(self) -> int:
+        return self._sent - self._covered
 
     async def start(self, config: EngineConfig) -> Ready:
         """Start the process and wait until the model is loaded. ConfigError or EngineDied if it cannot be."""
         ours, theirs = socket.socketpair()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "blockyard.agent.engine_process", str(theirs.fileno()),
+                sys.executable,
+                "-m",
+                "blockyard.agent.engine_process",
+                str(theirs.fileno()),
+                msgspec.json.encode(config).decode(),
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "BLOCKYARD_ENGINE_CONFIG": msgspec.json.encode(config).decode()},
-            )  # fmt: skip
+            )
         finally:
             theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
@@ -127,7 +143,9 @@ class EngineClient:
                 else:
                     self._handle(event)
         except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+            pass  # its end of the socket is closed: it is gone, or about to be
+        except msgspec.DecodeError as error:
+            self.failure = EngineDied(f"the engine process sent what is no message: {error}")
         finally:
             await self._bury(loaded)
 
@@ -141,9 +159,10 @@ class EngineClient:
             case Rejected():
                 generation = self._generations.get(event.request_id)
                 if generation is not None:
-                    generation.put(RequestError(event.message, field=event.field))
+                    refusal = RequestError(event.message, field=event.field)
+                    generation.put(InternalError(event.message) if event.internal else refusal)
             case Stats():
-                self.stats = event.stats
+                self.stats, self._covered = event.stats, event.commands
                 self._on_change()
             case Failed():
                 self.failure = ConfigError(event.message) if event.config else EngineDied(event.message)
@@ -153,6 +172,9 @@ class EngineClient:
         assert self._process is not None
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT)
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
         if self.failure is None and not self._closing:
             self.failure = EngineDied(f"the engine process ended with exit code {self._process.returncode}")
         error = self.failure or EngineDied("the engine was shut down")
@@ -163,7 +185,9 @@ class EngineClient:
         self.gone.set()
         self._on_change()
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams, *, tenant: str, priority: int) -> Generation:
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, tenant: str, priority: int
+    ) -> Generation:
         """Hand a request to the engine. EngineDied if there is none."""
         if self._writer is None or self.gone.is_set():
             raise EngineDied(str(self.failure or "the engine is not running"))
@@ -180,19 +204,23 @@ class EngineClient:
         return known
 
     def send(self, command: Command) -> None:
+        """Queue a command; without an engine it goes nowhere."""
         if self._writer is not None and not self.gone.is_set():
+            self._sent += 1
             self._writer.write(frame(command))
 
-    def fail_all(self, message: str) -> None:
-        """End every open request with an error: the grace period is over."""
+    def cut_off(self, message: str) -> None:
+        """End every open request with ShuttingDown."""
         for generation in self._generations.values():
-            generation.put(EngineDied(message))
+            generation.put(ShuttingDown(message))
 
     async def close(self) -> None:
-        """End the process: asked, then killed."""
+        """End the process: asked if it listens, else killed."""
         self._closing = True
         if self._process is None:
             return
+        if self.ready is None and self._process.returncode is None:
+            self._process.kill()  # it is loading, and would listen only afterwards
         self.send(Shutdown())
         if self._writer is not None:
             self._writer.close()

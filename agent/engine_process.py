@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-import os
 import queue
 import signal
 import socket
@@ -82,26 +81,29 @@ class _Loop:
         self._engine = engine
         self._connection = connection
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._carried_out = 0
         self._stopping = False
         self._reported = 0.0
         threading.Thread(target=self._read, daemon=True, name="commands").start()
 
     def _read(self) -> None:
-        stream = self._connection.makefile("rb")
-        while True:
-            header = stream.read(LENGTH.size)
-            body = stream.read(LENGTH.unpack(header)[0]) if len(header) == LENGTH.size else b""
-            if not body:
-                self._commands.put(None)
-                return
-            self._commands.put(decode_command(body))
+        """Socket to queue; whatever ends the reading ends the process."""
+        try:
+            stream = self._connection.makefile("rb")
+            while len(header := stream.read(LENGTH.size)) == LENGTH.size:
+                self._commands.put(decode_command(stream.read(LENGTH.unpack(header)[0])))
+        except (OSError, msgspec.DecodeError):
+            log.exception("commands can no longer be read")
+        finally:
+            self._commands.put(None)
 
     def run(self) -> None:
-        self._report()
+        """Until the other end asks for the end, or is gone."""
         while not self._stopping:
-            self._take_commands()
             if not self._engine.has_work:
-                self._report()
+                self._report()  # the last word before a wait is always up to date
+            self._take_commands()
+            if self._stopping or not self._engine.has_work:
                 continue
             outputs = self._engine.step()
             if outputs:
@@ -111,38 +113,45 @@ class _Loop:
 
     def _take_commands(self) -> None:
         """All commands that are there; with nothing to compute, wait for one."""
+        wait = not self._engine.has_work
         while not self._stopping:
             try:
-                command = self._commands.get(block=not self._engine.has_work)
+                command = self._commands.get(block=wait)
             except queue.Empty:
                 return
+            wait = False
             self._carry_out(command)
-            if self._commands.empty():
-                return
+            self._carried_out += 1
 
     def _carry_out(self, command: Command | None) -> None:
-        engine = self._engine
         match command:
             case AddRequest():
-                try:
-                    engine.add_request(
-                        command.request_id,
-                        command.prompt_ids,
-                        command.params,
-                        tenant=command.tenant,
-                        priority=command.priority,
-                    )
-                except RequestError as error:
-                    _send(self._connection, Rejected(command.request_id, str(error), error.field))
+                self._add(command)
             case Abort():
-                engine.abort(command.request_id, command.index)
+                self._engine.abort(command.request_id, command.index)
             case Shutdown() | None:
                 self._stopping = True
 
+    def _add(self, command: AddRequest) -> None:
+        try:
+            self._engine.add_request(
+                command.request_id,
+                command.prompt_ids,
+                command.params,
+                tenant=command.tenant,
+                priority=command.priority,
+            )
+        except RequestError as error:
+            _send(self._connection, Rejected(command.request_id, str(error), error.field))
+        except Exception as error:
+            # One request that trips over a mistake of ours must not take the others down.
+            log.exception("request %s cannot be added", command.request_id)
+            _send(self._connection, Rejected(command.request_id, f"internal error: {error}", internal=True))
+
     def _report(self) -> None:
         self._reported = time.monotonic()
-        _send(self._connection, Stats(self._engine.stats()))
+        _send(self._connection, Stats(self._engine.stats(), self._carried_out))
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), msgspec.json.decode(os.environ["BLOCKYARD_ENGINE_CONFIG"], type=EngineConfig)))
+    sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineConfig)))

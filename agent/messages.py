@@ -61,17 +61,22 @@ class Outputs(msgspec.Struct, tag="outputs", frozen=True):
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):
-    """A request that can never be served: the request's fault, not the server's."""
+    """A request that is not served: the request's fault, unless ``internal`` says it is the engine's."""
 
     request_id: str
     message: str
     field: str | None = None
+    internal: bool = False
 
 
 class Stats(msgspec.Struct, tag="stats", frozen=True):
-    """Sent after a step (rate limited) and always when the engine goes idle."""
+    """Sent after a step (rate limited) and always when the engine goes idle.
+
+    ``commands`` is how many commands the engine had carried out by then: what was sent later is not in it.
+    """
 
     stats: EngineStats
+    commands: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
-from ..engine.errors import RequestError
 from ..engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SEED, SamplingParams, Structure
 
 MAX_STOPS = 16
@@ -20,9 +20,43 @@ MAX_CHOICES = 64
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 
+# Fields of OpenAI's that would change the answer in a way this server cannot, and what to do instead.
+UNSUPPORTED = {
+    "audio": "this server answers in text; leave it out",
+    "function_call": "functions are not supported; leave it out",
+    "functions": "functions are not supported; describe them in a message and use response_format",
+    "prediction": "predicted outputs are not supported; leave it out",
+    "reasoning_effort": "the effort cannot be set here; leave it out",
+    "suffix": "inserting before a suffix is not supported; put all text into prompt",
+    "tools": "tools are not supported; describe them in a message and use response_format",
+    "verbosity": "the verbosity cannot be set here; ask for it in a message",
+    "web_search_options": "this server does not search; leave it out",
+}
+
+# What a field that may have several types may be.
+ALTERNATIVES = {
+    "content": "a string or a list of text parts",
+    "prompt": "a string, a list of strings, a list of token ids or a list of such lists, none of them empty",
+    "stop": "a string or a list of strings",
+}
+
+
+def _few(value: Any) -> Any:
+    """Refuse a huge object at once; pydantic counts only after it has looked at every entry."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError(
+            "too_long",
+            "{have} entries; at most {most} are allowed",
+            {"have": len(value), "most": MAX_LOGIT_BIAS},
+        )
+    return value
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 T = TypeVar("T", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# fail_fast: a million bad items must not become a million errors.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class BadRequest(Exception):
@@ -36,7 +70,20 @@ class BadRequest(Exception):
 
 
 class Strict(BaseModel):
+    """Exact types, no fields that are not named here."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        """Stop at the first unknown field; pydantic alone would list them all, however many there are."""
+        if isinstance(data, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = next((name for name in data if name not in known), None)
+            if unknown is not None:
+                raise PydanticCustomError("unknown_field", "{name}", {"name": unknown})
+        return data
 
 
 class StreamOptions(Strict):
@@ -60,7 +107,8 @@ class Sampling(Strict):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_LOGIT_BIAS),
+            Field(max_length=MAX_LOGIT_BIAS, description="token id -> what is added to its logit"),
+            BeforeValidator(_few),
         ]
         | None
     ) = None
@@ -71,19 +119,24 @@ class Sampling(Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
-    use_beam_search: bool = Field(False, description="best_of is the beam width; temperature must be 0 or unset")
+    use_beam_search: bool | None = Field(
+        None, description="best_of is the beam width; temperature must be 0 or unset"
+    )
     length_penalty: float | None = Field(None, ge=-10, le=10)
-    early_stopping: bool = False
-    priority: int = Field(0, ge=-1000, le=1000, description="lower is served sooner")
-    cache_salt: str | None = Field(None, max_length=256, description="share cached prefixes only with equal salts")
+    early_stopping: bool | None = None
+    priority: int | None = Field(None, ge=-1000, le=1000, description="lower is served sooner")
+    cache_salt: str | None = Field(
+        None, max_length=256, description="share cached prefixes only with equal salts"
+    )
     # Accepted and not used: they do not change the answer.
-    user: Annotated[str, Field(max_length=512)] | None = None
-    metadata: dict[str, str] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
 
     def stops(self) -> list[str]:
@@ -94,7 +147,9 @@ class Sampling(Strict):
     ) -> SamplingParams:
         """The engine's view; what is unset gets OpenAI's defaults."""
         n = self.n or 1
-        temperature = self.temperature if self.temperature is not None else 0.0 if self.use_beam_search else 1.0
+        temperature = (
+            self.temperature if self.temperature is not None else 0.0 if self.use_beam_search else 1.0
+        )
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
@@ -110,12 +165,12 @@ class Sampling(Strict):
             seed=self.seed,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
+            ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             structure=structure,
-            beam_search=self.use_beam_search,
+            beam_search=bool(self.use_beam_search),
             length_penalty=_or(self.length_penalty, 1.0),
-            early_stopping=self.early_stopping,
+            early_stopping=bool(self.early_stopping),
         )
 
 
@@ -126,32 +181,40 @@ def _or(value: float | None, default: float) -> float:
 class CompletionRequest(Sampling):
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
-        ]
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: bool = Field(False, description="send the prompt's text first; not together with logprobs")
-    add_special_tokens: bool = Field(False, description="let the tokenizer add what it adds to a text")
-    suffix: None = Field(None, description="not supported")
+    echo: bool | None = Field(None, description="send the prompt's text first; not together with logprobs")
+    add_special_tokens: bool | None = Field(None, description="let the tokenizer add what it adds to a text")
+    suffix: None = None
 
     def prompts(self) -> list[str | list[int]]:
-        prompt = self.prompt
-        if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)  # type: ignore[arg-type]
+        """One entry per prompt: its text, or its token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
 class TextPart(Strict):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_kinds(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type", "text") != "text":
+            raise PydanticCustomError(
+                "part_kind", "only parts of type text are supported; leave the others out"
+            )
+        return data
+
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     name: str | None = None
     refusal: str | None = None
     tool_call_id: str | None = None
@@ -159,10 +222,20 @@ class Message(Strict):
     reasoning_content: str | None = None
 
     def rendered(self) -> dict[str, str]:
-        """As chat templates expect it."""
+        """As chat templates expect it; what is unset is left out."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        extras = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
+        role = "system" if self.role == "developer" else self.role
+        return {
+            "role": role,
+            "content": text,
+            **{key: value for key, value in extras.items() if value is not None},
+        }
 
 
 class JsonSchema(Strict):
@@ -183,21 +256,33 @@ class ResponseFormat(Strict):
             return Structure("json_object")
         if self.json_schema is None or self.json_schema.json_schema is None:
             raise BadRequest(
-                "response_format.json_schema.schema is missing; type json_schema needs it", param="response_format"
+                "response_format.json_schema.schema is missing; type json_schema needs it",
+                param="response_format",
             )
         return Structure("json_schema", json.dumps(self.json_schema.json_schema))
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0, description="tools are not supported")] | None = None
+    # Accepted as long as they ask for nothing.
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
 
 class TokenizeRequest(Strict):
@@ -205,7 +290,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = Field(None, max_length=512)
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = False
     add_generation_prompt: bool = True
 
@@ -292,36 +377,64 @@ class ErrorResponse(BaseModel):
 def parse(model: type[T], body: bytes) -> T:
     """A request from its bytes. BadRequest names the first field at fault, its limit, and what was sent."""
     try:
-        return model.model_validate_json(body)
+        # Also refuses NaN, infinities, lone surrogates and deep nesting, wherever they are.
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRequest(f"the body is not valid JSON in UTF-8: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise BadRequest(f"the body must be a JSON object (got {_shorten(data)})", code="invalid_json")
+    try:
+        return model.model_validate(data)
     except ValidationError as error:
-        # Of a union, report the branch that came furthest: its path is the longest.
-        first = max(error.errors(include_url=False, include_context=False), key=lambda e: len(e["loc"]))
-        path = ".".join(str(part) for part in first["loc"] if not _is_branch(part)) or None
-        if first["type"] == "json_invalid":
-            raise BadRequest(f"the body is not valid JSON in UTF-8: {first['msg']}", code="invalid_json") from None
-        if first["type"] == "extra_forbidden":
-            raise BadRequest(
-                f"{path} is not a field this server knows; leave it out", param=path, code="unknown_parameter"
-            ) from None
-        got = "" if first["type"] == "missing" else f" (got {_shorten(first['input'])})"
-        raise BadRequest(f"{path or 'body'}: {first['msg']}{got}", param=path) from None
+        raise _bad_field(error) from None
+
+
+def _bad_field(error: ValidationError) -> BadRequest:
+    # Of a union, report the branch that came furthest: its path is the longest, or its type was right.
+    first = max(
+        error.errors(include_url=False),
+        key=lambda entry: (len(entry["loc"]), not entry["type"].endswith("_type")),
+    )
+    parts = [str(part) for part in first["loc"] if not _is_branch(part)]
+    if first["type"] == "unknown_field":
+        path = ".".join([*parts, _shorten_text(first["ctx"]["name"])])
+        remedy = UNSUPPORTED.get(path)
+        message = f"{path}: {remedy}" if remedy else f"{path} is not a field this server knows; leave it out"
+        return BadRequest(
+            message, param=path, code="unsupported_parameter" if remedy else "unknown_parameter"
+        )
+    path = ".".join(parts)
+    if path in UNSUPPORTED:
+        return BadRequest(f"{path}: {UNSUPPORTED[path]}", param=path, code="unsupported_parameter")
+    if parts and parts[-1] in ALTERNATIVES and first["type"].endswith("_type"):
+        return BadRequest(
+            f"{path} must be {ALTERNATIVES[parts[-1]]} (got {_shorten(first['input'])})", param=path
+        )
+    got = "" if first["type"] == "missing" else f" (got {_shorten(first['input'])})"
+    return BadRequest(f"{path}: {first['msg']}{got}", param=path)
 
 
 def _is_branch(part: str | int) -> bool:
     """Union branches show up in pydantic's paths under their type's name."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "StreamOptions", "constrained-str", "[key]"))
+    return isinstance(part, str) and ("[" in part or part in ("str", "none"))
 
 
 def _shorten(value: object) -> str:
-    text = repr(value).encode("utf-8", "backslashreplace").decode()
+    """A value for an error message; never more work than the message is long."""
+    if isinstance(value, str):
+        return repr(_shorten_text(value))
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object of {len(value)}"
+    return _shorten_text(json.dumps(value))
+
+
+def _shorten_text(text: str) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> ErrorResponse:
+def error_body(
+    message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> ErrorResponse:
     return ErrorResponse(error=ErrorBody(message=message, type=kind, param=param, code=code))
-
-
-def from_engine(error: RequestError) -> BadRequest:
-    """The engine's refusal in OpenAI's words."""
-    too_long = "together" in str(error)
-    return BadRequest(str(error), param=error.field, code="context_length_exceeded" if too_long else None)

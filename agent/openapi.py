@@ -28,7 +28,9 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _REF.format(model=model.__name__)}
 
 
-def _answer(description: str, model: type[BaseModel] | None = None, media: str = "application/json") -> dict[str, Any]:
+def _answer(
+    description: str, model: type[BaseModel] | None = None, media: str = "application/json"
+) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string"} if media != "application/json" else {"type": "object"}
     return {"description": description, "content": {media: {"schema": _ref(model) if model else schema}}}
 

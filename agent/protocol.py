@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, computed_field
 
-AgentState = Literal["starting", "ready", "draining", "failed"]
+AgentState = Literal["starting", "ready", "draining", "drained", "failed"]
 
 
 class TierStatus(BaseModel):
-    """Blocks of one tier; free + cached + active is total."""
+    """Blocks of one tier; free + cached + active is total. Cached blocks can be taken any time."""
 
     total: int = 0
     free: int = 0
@@ -28,7 +28,7 @@ class PrefixStatus(BaseModel):
 
 
 class AgentStatus(BaseModel):
-    """The report of one agent. ``version`` grows whenever anything else changes; it starts anew with an incarnation."""
+    """The report of one agent. ``version`` grows whenever anything else changes, within one incarnation."""
 
     version: int = Field(description="pass it as ?since= to wait for the next one")
     incarnation: str = Field(description="random id of this life of the process")
@@ -38,7 +38,7 @@ class AgentStatus(BaseModel):
     dtype: str = ""
     device: str = ""
     block_tokens: int = 0
-    max_model_len: int = 0
+    max_model_len: int = Field(0, description="tokens of prompt and output together")
     max_num_seqs: int = 0
     device_tier: TierStatus = TierStatus()
     host_tier: TierStatus = TierStatus()
@@ -46,9 +46,14 @@ class AgentStatus(BaseModel):
     waiting: int = Field(0, description="requests queued or preempted")
     swapped: int = Field(0, description="of those waiting, requests whose KV is in the host tier")
     in_flight: int = Field(0, description="requests that clients hold open")
+    capacity: int = Field(0, description="requests held at most; beyond that clients get a 429")
+    commands_pending: int = Field(
+        0, description="adds and aborts that the engine's numbers here do not cover yet"
+    )
+    finished: dict[str, int] = Field({}, description="requests that have left the engine, by reason")
     steps: int = 0
     last_step_ms: float = 0.0
-    mean_step_ms: float = 0.0
+    mean_step_ms: float = Field(0.0, description="moving average")
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefix_queries: int = Field(0, description="prompt tokens looked up in the prefix cache")
@@ -57,6 +62,7 @@ class AgentStatus(BaseModel):
     preemptions_swap: int = 0
     hottest_prefixes: list[PrefixStatus] = []
 
+    @computed_field(description="share of looked-up prompt tokens that were found")  # type: ignore[prop-decorator]
     @property
     def hit_rate(self) -> float:
         return self.prefix_hits / self.prefix_queries if self.prefix_queries else 0.0

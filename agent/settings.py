@@ -22,29 +22,49 @@ class AgentSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BLOCKYARD_", extra="forbid", allow_inf_nan=False)
 
-    model: str = Field(description="folder, .gguf file, known name such as SmolLM2-135M-Instruct, or hub name")
-    served_model_name: str | None = Field(None, description="the name clients use; the last part of model if unset")
+    model: str = Field(
+        description="folder, .gguf file, known name such as SmolLM2-135M-Instruct, or hub name"
+    )
+    served_model_name: str | None = Field(
+        None, description="the name clients use; the last part of model if unset"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one and prints it")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="weights and KV; auto is float32 on a CPU and the model's own on a GPU"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to run; auto takes a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where to run; auto takes a GPU if there is one"
+    )
     block_tokens: int = Field(16, ge=1, le=256, description="tokens in a KV block")
-    kv_blocks: int | None = Field(None, ge=1, description="KV blocks of the pool; measured if neither this nor kv_bytes")
+    kv_blocks: int | None = Field(
+        None, ge=1, description="KV blocks of the pool; measured if neither this nor kv_bytes"
+    )
     kv_bytes: int | None = Field(None, ge=1, description="bytes of the KV pool")
-    memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the device's memory to use when measured")
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="share of the device's memory to use when measured"
+    )
     host_blocks: int = Field(0, ge=0, description="KV blocks in host memory, for preemption by swap")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt and output together, in tokens")
-    max_num_seqs: int | None = Field(None, ge=1, le=4096, description="sequences decoded at once (64 on CPU, 256 on GPU)")
-    max_batch_tokens: int | None = Field(None, ge=1, description="tokens of one step (256 on CPU, 2048 on GPU)")
+    max_num_seqs: int | None = Field(
+        None, ge=1, le=4096, description="sequences decoded at once (64 on CPU, 256 on GPU)"
+    )
+    max_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens of one step (256 on CPU, 2048 on GPU)"
+    )
     prefix_cache: bool = Field(True, description="keep finished blocks and reuse equal beginnings")
-    preemption: Literal["recompute", "swap"] = Field("recompute", description="what happens to KV when the pool is full")
-    watermark: float = Field(0.01, ge=0, lt=1, description="share of the pool kept free when requests are admitted")
+    preemption: Literal["recompute", "swap"] = Field(
+        "recompute", description="what happens to KV when the pool is full"
+    )
+    watermark: float = Field(
+        0.01, ge=0, lt=1, description="share of the pool kept free when requests are admitted"
+    )
     tensor_parallel: int = Field(1, ge=1, le=64, description="ranks that share the model")
     cuda_graphs: bool = Field(True, description="replay decode steps as CUDA graphs")
     threads: int | None = Field(None, ge=1, description="CPU threads for the model; all cores if unset")
-    max_queue: int = Field(256, ge=0, description="requests that may wait beyond max_num_seqs; more get a 429")
+    max_queue: int = Field(
+        256, ge=0, description="requests that may wait beyond max_num_seqs; more get a 429"
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body; more get a 413")
     grace_period: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
 
