@@ -61,15 +61,14 @@ def _power_of_two(number: int) -> int:
 
 
 def _fitted(plan: Plan, row_bytes: int, device: Device) -> Plan:
-    """The plan, with fewer stages or else fewer keys where shared memory would not hold its tiles."""
-    block_n = plan.block_n
-    while block_n >= 16:
-        for stages in range(plan.num_stages, min(plan.num_stages, 2) - 1, -1):
-            tiles = stages * 2 * block_n * row_bytes  # K and V
-            if tiles + plan.block_m * (row_bytes + 4 * block_n) <= device.shared_memory:
-                return replace(plan, block_n=block_n, num_stages=stages)
-        block_n //= 2
-    return replace(plan, block_n=16, num_stages=1)
+    """The plan, with fewer keys a tile where shared memory would not hold its tiles."""
+    buffers = plan.num_stages // 2 + (plan.block_m >= 64)  # warp-group products read K and V in place
+    while plan.block_n > 16:
+        tiles = (buffers * 2 * plan.block_n + plan.block_m) * row_bytes + 4 * plan.block_m * plan.block_n
+        if tiles <= device.shared_memory:
+            break
+        plan = replace(plan, block_n=plan.block_n // 2)
+    return plan
 
 
 def decode_plan(
@@ -77,23 +76,19 @@ def decode_plan(
 ) -> Plan:
     """One query row a sequence: bound by reading KV.
 
-    Rows: 16, the least that a tensor core takes, or the group (vLLM's unified kernel). Keys: 16 to 32 KiB
-    of K and V a stage and 3 or 4 stages keep enough bytes in flight (SGLang: 64 keys, 32 when grouped;
-    FlagGems on H20: 32 keys, 4 stages; vLLM on head dim 512: more warps and 2 stages instead). Splits:
-    enough programs for some waves over the device, and never fewer than 4, because one long sequence among
-    many short ones would otherwise run alone at the end (vLLM falls to half its speed there).
+    Rows: 16, the least that a tensor core takes, or the group (vLLM's unified kernel). Keys: 16 or 32 KiB
+    of K and V a tile (SGLang: 64 keys, 32 when grouped; vLLM on wide heads: more warps, fewer keys in
+    flight). Stages: block ids are fetched a step ahead of the keys they lead to, so every second stage is a
+    buffer of K and V; two or three of them keep enough bytes in flight when few programs share a
+    multiprocessor. Splits: enough programs for some waves over the device, and never fewer than 4, because
+    one long sequence among many short ones would otherwise run alone at the end (vLLM falls to half its
+    speed there).
     """
-    block_d = _power_of_two(head_dim)
-    row_bytes = block_d * itemsize
-    block_m = min(64, max(16, _power_of_two(group)))
-    if row_bytes <= 256:
-        block_n, stages = 64, 4 if row_bytes <= 128 else 3
-    elif row_bytes <= 512:
-        block_n, stages = 32, 3
-    else:
-        block_n, stages = 16, 2
-    warps = 8 if block_m * block_d > 32 * 256 else 4
-    plan = _fitted(Plan(block_m, block_n, warps, stages, 1), row_bytes, device)
+    row_bytes = _power_of_two(head_dim) * itemsize
+    block_m = 16 if itemsize == 4 else min(64, max(16, _power_of_two(group)))
+    block_n = min(64, max(16, 16384 // row_bytes))
+    stages = 3 if itemsize == 4 else 7 if row_bytes <= 128 else 5
+    plan = _fitted(Plan(block_m, block_n, 8 if row_bytes > 256 else 4, stages, 1), row_bytes, device)
     programs = sequences * kv_heads * plan.packing(group)[1]
     wanted = _power_of_two(-(-4 * device.multiprocessors // max(1, programs)))
     return replace(plan, splits=min(MAX_SPLITS, max(4, wanted)))
@@ -105,19 +100,19 @@ def prefill_plan(
     """Any number of query rows a sequence: bound by multiplying, except where there are few of them.
 
     Rows and keys: 128 x 64 with 8 warps up to head dim 128, 64 x 64 above (SGLang on Hopper); fewer rows
-    where the mean sequence brings fewer or the device would not be filled ("Anatomy": 64 for long
-    queries, 16 for short ones). float32 has no tensor cores to fill: small tiles keep its registers.
+    where the mean sequence brings fewer or the device would not be filled ("Anatomy": 64 for long queries,
+    16 for short ones). float32 multiplies without tensor cores, whose tiles would spill its registers.
     Splits: only where the rows alone leave multiprocessors idle, as a short chunk after a long cached
     prefix does (vLLM without them: 40 times slower on 2 to 8 rows).
     """
     block_d = _power_of_two(head_dim)
     rows = -(-tokens // max(1, sequences)) * group
     if itemsize == 4:
-        plan = Plan(16 if rows <= 64 else 32, 32, 4, 2 if block_d <= 128 else 1, 1)
-    elif rows <= 64:
-        plan = Plan(16, 64 if block_d <= 128 else 32, 4, 3, 1)
+        plan = Plan(32 if block_d <= 64 else 16, 32 if block_d <= 128 else 16, 8, 3, 1)
+    elif rows <= 32:
+        plan = Plan(16, 64, 4, 5, 1) if block_d <= 128 else Plan(16, 32, 8, 5, 1)
     elif block_d > 128:
-        plan = Plan(64, 64, 8, 2, 1)
+        plan = Plan(64, 64, 8, 3, 1)
     elif tokens * group * kv_heads >= 2 * 128 * device.multiprocessors:
         plan = Plan(128, 64, 8, 3, 1)
     else:
@@ -499,6 +494,7 @@ def merge_partials(parts: list[Parts], dtype: torch.dtype) -> Tensor:
             BLOCK_D=block_d,
             HEAD_DIM=head_dim,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         merged = target
     return result
@@ -599,6 +595,7 @@ def launch_attention(
         HEAD_DIM=head_dim,
         DOT=dot_type(q, kv),
         num_warps=plan.num_warps,
+        enable_fp_fusion=True,
         num_stages=plan.num_stages,
     )
     if split:
@@ -616,4 +613,5 @@ def launch_attention(
             BLOCK_D=block_d,
             HEAD_DIM=head_dim,
             num_warps=4 if block_d > 64 else 2,
+            enable_fp_fusion=True,
         )

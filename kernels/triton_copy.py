@@ -53,7 +53,15 @@ def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
         pairs = pairs.contiguous().pin_memory().to(read.device, non_blocking=True)
     slab = read.shape[1]
     copy_blocks_kernel[(pairs.shape[0], triton.cdiv(slab, COPY_BLOCK))](
-        read, write, pairs.contiguous(), slab, read.stride(0), write.stride(0), BLOCK=COPY_BLOCK, num_warps=8
+        read,
+        write,
+        pairs.contiguous(),
+        slab,
+        read.stride(0),
+        write.stride(0),
+        BLOCK=COPY_BLOCK,
+        num_warps=8,
+        enable_fp_fusion=True,
     )
 
 

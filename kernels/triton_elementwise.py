@@ -103,6 +103,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
             ADD=residual is not None,
             BLOCK=block,
             num_warps=min(16, max(1, block // 256)),
+            enable_fp_fusion=True,
         )
     return out
 
@@ -117,6 +118,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     count = math.prod(gate_up.shape[:-1])
     if count:
         swiglu_kernel[(count, triton.cdiv(width, SWIGLU_BLOCK))](
-            rows, out, width, rows.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4
+            rows, out, width, rows.stride(0), BLOCK=SWIGLU_BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return out

@@ -93,14 +93,15 @@ def rope_and_write_kv_kernel(
     tl.store(first + HALF, r2, mask=to_q)
 
     slot = tl.load(slots + token).to(tl.int64)
-    kv_head = tl.where(is_v, head - NUM_HEADS - KV_HEADS, head - NUM_HEADS)
-    to_kv = ((is_k | is_v) & (slot >= 0))[:, None] & in_half[None, :]
-    place = (slot // BLOCK_TOKENS) * stride_block + (slot % BLOCK_TOKENS) * stride_token
-    which = tl.where(is_v, 1, 0).to(tl.int64) * stride_kv
-    cells = kv + place + (which + kv_head.to(tl.int64) * stride_kv_head)[:, None] + halves[None, :]
-    out: tl.constexpr = kv.dtype.element_ty
-    tl.store(cells, tl.where(is_v[:, None], raw1, r1).to(out), mask=to_kv)
-    tl.store(cells + HALF, tl.where(is_v[:, None], raw2, r2).to(out), mask=to_kv)
+    if slot >= 0:
+        kv_head = tl.where(is_v, head - NUM_HEADS - KV_HEADS, head - NUM_HEADS)
+        to_kv = (is_k | is_v)[:, None] & in_half[None, :]
+        place = (slot // BLOCK_TOKENS) * stride_block + (slot % BLOCK_TOKENS) * stride_token
+        which = tl.where(is_v, 1, 0).to(tl.int64) * stride_kv
+        cells = kv + place + (which + kv_head.to(tl.int64) * stride_kv_head)[:, None] + halves[None, :]
+        out: tl.constexpr = kv.dtype.element_ty
+        tl.store(cells, tl.where(is_v[:, None], raw1, r1).to(out), mask=to_kv)
+        tl.store(cells + HALF, tl.where(is_v[:, None], raw2, r2).to(out), mask=to_kv)
 
 
 @triton.jit
@@ -195,6 +196,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
             BLOCK_H=block_h,
             BLOCK_HALF=block_half,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -246,6 +248,7 @@ def rope_and_write_kv(
             BLOCK_H=block_h,
             BLOCK_HALF=block_half,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return qkv.view(tokens, heads, head_dim)[:, :num_heads]
 
@@ -278,6 +281,7 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
             BLOCK_H=block_h,
             BLOCK_D=2 * block_half,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 
