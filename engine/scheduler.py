@@ -516,7 +516,9 @@ class Scheduler:
                 assert not (s.blocks and s.host_blocks), f"{s} is in two tiers"
                 assert s.rows_sent <= len(s.blocks), f"{s} sent table entries it does not have"
                 assert s.num_published <= s.num_computed // bt, f"{s} published a block that is not full"
-        assert sorted(rows) == list(range(self.limits.max_rows)), f"rows are lost or used twice: {sorted(rows)}"
+        assert sorted(rows) == list(range(self.limits.max_rows)), (
+            f"rows are lost or used twice: {sorted(rows)}"
+        )
         self.pool.check(owners)
         if self.host_pool is not None:
             self.host_pool.check(host_owners)

@@ -62,7 +62,9 @@ class Tokenizer:
         try:
             return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError):
-            raise RequestError("the text has a lone surrogate, which no UTF-8 text can have", field="prompt") from None
+            raise RequestError(
+                "the text has a lone surrogate, which no UTF-8 text can have", field="prompt"
+            ) from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -87,14 +89,17 @@ class Tokenizer:
         """The prompt that a conversation makes. RequestError if the model's template refuses it."""
         if self._template is None:
             raise RequestError(
-                "this model has no chat template; use /v1/completions with a prompt of your own", field="messages"
+                "this model has no chat template; use /v1/completions with a prompt of your own",
+                field="messages",
             )
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._special
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RequestError(f"the model's chat template refuses the messages: {error}", field="messages") from None
+            raise RequestError(
+                f"the model's chat template refuses the messages: {error}", field="messages"
+            ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -84,7 +84,10 @@ class ParallelRunner:
             for rank in range(1, size):
                 ours, theirs = context.Pipe()
                 worker = context.Process(
-                    target=work, args=(config, rank, port, cuda, theirs), name=f"blockyard-rank-{rank}", daemon=True
+                    target=work,
+                    args=(config, rank, port, cuda, theirs),
+                    name=f"blockyard-rank-{rank}",
+                    daemon=True,
                 )
                 worker.start()
                 theirs.close()
@@ -109,7 +112,9 @@ class ParallelRunner:
             try:
                 answer = pipe.recv()
             except EOFError:
-                raise WorkerDied("a tensor-parallel worker died while it loaded; its output says why") from None
+                raise WorkerDied(
+                    "a tensor-parallel worker died while it loaded; its output says why"
+                ) from None
             if isinstance(answer, Exception):
                 raise answer
             sizes.append(answer)

@@ -85,9 +85,15 @@ def _build(library: Path) -> None:
     if shutil.which(cpp_extension.get_cxx_compiler()) is None:
         raise RuntimeError(f"there is no C++ compiler {cpp_extension.get_cxx_compiler()!r}")
     library.parent.mkdir(parents=True, exist_ok=True)
-    print("blockyard: building the CPU kernels, once for this machine (about a minute)", file=sys.stderr, flush=True)
+    print(
+        "blockyard: building the CPU kernels, once for this machine (about a minute)",
+        file=sys.stderr,
+        flush=True,
+    )
     path = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])  # for the ninja of this venv
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), path]
+    )  # for the ninja of this venv
     try:
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
             cpp_extension.load(

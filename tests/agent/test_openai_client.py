@@ -119,9 +119,7 @@ def test_prompts_of_every_kind(client: openai.OpenAI, agent: AgentProcess) -> No
     one = (
         client.completions.create(model=MODEL, prompt="Water is", temperature=0, max_tokens=5).choices[0].text
     )
-    ids = client.post(
-        f"{agent.url}/tokenize", body={"prompt": "Water is"}, cast_to=object
-    )
+    ids = client.post(f"{agent.url}/tokenize", body={"prompt": "Water is"}, cast_to=object)
     assert isinstance(ids, dict)
     several = client.completions.create(
         model=MODEL, prompt=[ids["tokens"], ids["tokens"]], temperature=0, max_tokens=5, echo=True

@@ -71,6 +71,10 @@ def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[i
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=None,
         )
     return out[0, len(prompt) :].tolist()

@@ -14,7 +14,6 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
-
 from blockyard.engine.engine import Engine
 from blockyard.engine.step import StepInput
 
@@ -61,7 +60,13 @@ class OracleRunner:
     block_bytes = 1
 
     def __init__(
-        self, *, block_tokens: int, num_blocks: int, host_blocks: int, max_num_seqs: int, max_batch_tokens: int
+        self,
+        *,
+        block_tokens: int,
+        num_blocks: int,
+        host_blocks: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
     ) -> None:
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from blockyard.engine.block_pool import BlockPool
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
-
-from blockyard.engine.block_pool import BlockPool
 
 BLOCKS = 12
 
@@ -33,9 +32,7 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="available"):
                 self.pool.take(count)
             return multiple()
-        worthless = [
-            i for i in range(BLOCKS) if not self.owners[i] and i not in self.content
-        ]
+        worthless = [i for i in range(BLOCKS) if not self.owners[i] and i not in self.content]
         taken = self.pool.take(count)
         assert len(set(taken)) == count
         assert all(self.owners[i] == 0 for i in taken), "a block in use was handed out"

@@ -7,16 +7,15 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import RequestError
 from blockyard.engine.outputs import SequenceOutput
 from blockyard.engine.sampling_params import SamplingParams
 from blockyard.engine.scheduler import Scheduler
 from blockyard.engine.sequence import Place
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from .oracle import EOS, VOCAB, MakeEngine, OracleRunner, greedy_reference
 
@@ -46,7 +45,10 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     """Prompts of which many share a beginning."""
     rng = random.Random(seed)
     stems = [[rng.randrange(4, VOCAB) for _ in range(rng.randrange(1, 30))] for _ in range(3)]
-    return [rng.choice(stems) + [rng.randrange(4, VOCAB) for _ in range(rng.randrange(1, 12))] for _ in range(count)]
+    return [
+        rng.choice(stems) + [rng.randrange(4, VOCAB) for _ in range(rng.randrange(1, 12))]
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,9 @@ def test_a_conversation_hits_its_own_output(oracle_engine: MakeEngine) -> None:
     engine = oracle_engine(num_blocks=200)
     history = [9, 10, 11, 12, 13]
     for turn in range(4):
-        engine.add_request(str(turn), list(history), SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+        engine.add_request(
+            str(turn), list(history), SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+        )
         outputs: list[SequenceOutput] = []
         while engine.has_work:
             outputs += engine.step()
@@ -173,7 +177,9 @@ def test_n_shares_the_prompt_and_matches_single_requests(oracle_engine: MakeEngi
 @pytest.mark.parametrize("kind", ["n", "best_of", "beam"])
 def test_forked_requests_survive_preemption(oracle_engine: MakeEngine, kind: str, preemption: str) -> None:
     params = {
-        "n": SamplingParams(temperature=0.9, seed=3, n=3, best_of=3, max_tokens=24, ignore_eos=True, logprobs=1),
+        "n": SamplingParams(
+            temperature=0.9, seed=3, n=3, best_of=3, max_tokens=24, ignore_eos=True, logprobs=1
+        ),
         "best_of": SamplingParams(temperature=0.9, seed=3, n=1, best_of=3, max_tokens=24, ignore_eos=True),
         "beam": SamplingParams(temperature=0, n=2, best_of=3, beam_search=True, max_tokens=24),
     }[kind]
@@ -219,8 +225,9 @@ def test_impossible_requests_are_refused_with_the_numbers(oracle_engine: MakeEng
 def test_a_request_as_large_as_the_pool_is_served(oracle_engine: MakeEngine) -> None:
     for width in (1, 2):
         engine = oracle_engine(num_blocks=8, block_tokens=4, max_batch_tokens=8)
-        params = SamplingParams(temperature=0, max_tokens=33 - 16 - 8 * (width - 1), n=width, best_of=width,
-                                ignore_eos=True)
+        params = SamplingParams(
+            temperature=0, max_tokens=33 - 16 - 8 * (width - 1), n=width, best_of=width, ignore_eos=True
+        )
         engine.add_request("large", [5] * (15 if width == 1 else 16), params)
         engine.add_request("next", [6] * 15, SamplingParams(temperature=0, max_tokens=17, ignore_eos=True))
         tokens = drain(engine)
@@ -405,7 +412,11 @@ def test_check_notices(oracle_engine: MakeEngine, corrupt: Callable[[Scheduler],
 
 
 def test_end_of_text_ends_and_is_not_sent(oracle_engine: MakeEngine) -> None:
-    prompt = next(p for p in ([5, i, j] for i in range(4, 40) for j in range(4, 40)) if len(greedy_reference(p, 30)) < 30)
+    prompt = next(
+        p
+        for p in ([5, i, j] for i in range(4, 40) for j in range(4, 40))
+        if len(greedy_reference(p, 30)) < 30
+    )
     engine = oracle_engine()
     engine.add_request("r", prompt, SamplingParams(temperature=0, max_tokens=30))
     last = None

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
@@ -55,7 +54,10 @@ def run(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> lis
 def random_prompts(count: int, vocab: int) -> list[list[int]]:
     rng = random.Random(1)
     stem = [rng.randrange(3, vocab) for _ in range(40)]
-    return [stem[: rng.randrange(40)] + [rng.randrange(3, vocab) for _ in range(rng.randrange(1, 60))] for _ in range(count)]
+    return [
+        stem[: rng.randrange(40)] + [rng.randrange(3, vocab) for _ in range(rng.randrange(1, 60))]
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +69,9 @@ def test_greedy_ids_and_logprobs_equal_transformers(family: str, tmp_path: Path)
     engine = Engine(EngineConfig(model=str(path), device="cpu", kv_blocks=100, max_batch_tokens=50))
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     assert run(engine, prompts, params) == expected
-    engine.add_request("logprobs", prompts[0], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=5))
+    engine.add_request(
+        "logprobs", prompts[0], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=5)
+    )
     outputs: list[SequenceOutput] = []
     while engine.has_work:
         outputs += engine.step()
@@ -139,7 +143,9 @@ def test_smollm2_equals_transformers_on_thirty_prompts() -> None:
     reference = load_reference(path)
     expected = [greedy(reference, prompt, 64) for prompt in prompts]
     del reference
-    engine = Engine(EngineConfig(model=str(path), dtype="float32", device="cpu", kv_blocks=300, max_num_seqs=32))
+    engine = Engine(
+        EngineConfig(model=str(path), dtype="float32", device="cpu", kv_blocks=300, max_num_seqs=32)
+    )
     assert run(engine, prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)) == expected
 
 
@@ -153,7 +159,12 @@ def test_the_layout_digest_depends_on_content_alone(tmp_path: Path) -> None:
         return layout_digest(folder, ModelConfig.from_directory(folder), **settings)  # type: ignore[arg-type]
 
     assert digest(path) == digest(copy) != digest(other)
-    distinct = {digest(path), digest(path, dtype=torch.float16), digest(path, block_tokens=8), digest(path, tensor_parallel=2)}
+    distinct = {
+        digest(path),
+        digest(path, dtype=torch.float16),
+        digest(path, block_tokens=8),
+        digest(path, tensor_parallel=2),
+    }
     assert len(distinct) == 4
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from blockyard.engine.errors import RequestError
+from blockyard.engine.model_files import prepare
+from blockyard.engine.tokenizer import Detokenizer, StopStrings, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
-
-from blockyard.engine.errors import RequestError
-from blockyard.engine.model_files import prepare
-from blockyard.engine.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,9 @@ def byte_fallback() -> Tokenizer:
     return Tokenizer(fast, vocab_size=len(vocab))
 
 
-TEXT = st.text(st.sampled_from("aho le\u00e9\u4e16\U0001f600\U0001f468\u200d\U0001f469\n\t\U0001f3fd"), max_size=30)
+TEXT = st.text(
+    st.sampled_from("aho le\u00e9\u4e16\U0001f600\U0001f468\u200d\U0001f469\n\t\U0001f3fd"), max_size=30
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,7 +60,12 @@ def test_token_bytes_join_to_the_text(smol: Tokenizer) -> None:
 def test_equals_transformers(smol: Tokenizer) -> None:
     path = prepare("SmolLM2-135M-Instruct")
     theirs = AutoTokenizer.from_pretrained(path)
-    for text in ("Hello, world!", "  two  spaces ", "<|im_start|>user\nhi<|im_end|>", "\u4e16\u754c 123 def f(x):\n"):
+    for text in (
+        "Hello, world!",
+        "  two  spaces ",
+        "<|im_start|>user\nhi<|im_end|>",
+        "\u4e16\u754c 123 def f(x):\n",
+    ):
         assert smol.encode(text) == theirs.encode(text, add_special_tokens=False)
     chat = [
         {"role": "system", "content": "Be brief."},
@@ -102,5 +108,9 @@ def test_stop_strings_cut_where_a_plain_search_would(text: str, stops: list[str]
     if stopped:
         assert sent == seen[:first]
     else:
-        assert not any(sent.endswith(s[:n]) and seen[len(sent) :].startswith(s[n:]) for s in stops for n in range(1, len(s)))
+        assert not any(
+            sent.endswith(s[:n]) and seen[len(sent) :].startswith(s[n:])
+            for s in stops
+            for n in range(1, len(s))
+        )
         assert sent + matcher.flush() == seen

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from blockyard.kernels.batch import PagedBatch
+from torch import Tensor
 
 
 def random_batch(

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-
 from blockyard.kernels import cpu_build, cpu_ops, reference
 from blockyard.kernels.batch import PagedBatch
 
@@ -26,14 +25,25 @@ def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (8, 1), (14, 2)])
-@pytest.mark.parametrize(("head_dim", "block_tokens"), [(64, 16), (32, 8), (80, 16), (128, 32), (256, 64), (40, 8)])
-def test_paged_attention(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "block_tokens"), [(64, 16), (32, 8), (80, 16), (128, 32), (256, 64), (40, 8)]
+)
+def test_paged_attention(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_tokens: int
+) -> None:
     generator = torch.Generator().manual_seed(heads * head_dim + block_tokens)
     for queries, contexts in SHAPES:
         for shared in (False, True):
-            batch, blocks = random_batch(generator, queries, contexts, block_tokens=block_tokens, shared=shared)
+            batch, blocks = random_batch(
+                generator, queries, contexts, block_tokens=block_tokens, shared=shared
+            )
             kv = random_kv(
-                generator, blocks, kv_heads=kv_heads, block_tokens=block_tokens, head_dim=head_dim, dtype=dtype
+                generator,
+                blocks,
+                kv_heads=kv_heads,
+                block_tokens=block_tokens,
+                head_dim=head_dim,
+                dtype=dtype,
             )
             wide = torch.randn(sum(queries), heads + 2, head_dim, generator=generator).to(dtype)
             q = wide[:, 1:-1]  # a strided view, like q inside qkv
@@ -182,7 +192,10 @@ assert kernels.rms_norm(x, torch.ones(4), 1e-5).shape == x.shape
 
 @pytest.mark.parametrize(
     ("changes", "warns"),
-    [({"BLOCKYARD_CPU_KERNELS": "reference"}, False), ({"CXX": "no-such-compiler", "BLOCKYARD_CACHE": "{tmp}"}, True)],
+    [
+        ({"BLOCKYARD_CPU_KERNELS": "reference"}, False),
+        ({"CXX": "no-such-compiler", "BLOCKYARD_CACHE": "{tmp}"}, True),
+    ],
 )
 def test_plain_torch_serves_where_nothing_can_be_built(
     changes: dict[str, str], warns: bool, tmp_path: object

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from blockyard.kernels import reference, triton_attention, triton_ops
 from blockyard.kernels.batch import PagedBatch
 from blockyard.kernels.triton_attention import Plan, launch_attention
 from blockyard.kernels.triton_device import Device
+from torch import Tensor
 
 from .batches import SHAPES, random_batch, random_kv
 
@@ -176,7 +175,8 @@ def test_a_lent_range_and_the_rest_merge_to_the_whole() -> None:
             context_lens=torch.tensor([length], dtype=torch.int32, device=DEVICE),
             max_context_len=length,
         )
-        return triton_ops.paged_attention_partial(q, kv, piece, scale=0.3, causal=causal)
+        out, row_max, row_sum = triton_ops.paged_attention_partial(q, kv, piece, scale=0.3, causal=causal)
+        return out, row_max, row_sum
 
     parts = [part(0, 2, 32, False), part(2, 9, 112, False), part(9, 11, 22, True)]
     whole = reference.paged_attention(q, kv, batch, scale=0.3)
@@ -329,25 +329,29 @@ def test_plans_fill_small_devices_and_large_ones() -> None:
         assert all(plan.splits.bit_count() == 1 and plan.block_m >= 16 for plan in plans)
 
 
-def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block_tokens", [8, 64])
+def test_offsets_beyond_32_bits(block_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so far apart that an offset in elements overflows 32 bits; only the touched pages exist."""
     if DEVICE == "cpu":  # the interpreter copies every storage onto itself after a launch
         from triton.runtime.interpreter import GridExecutor
 
         monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
     far, blocks = 2**30, 4
-    heads, block_tokens, head_dim = 2, 8, 32
-    memory = torch.empty(far * (blocks - 1) + 2**12, dtype=torch.float16, device=DEVICE)
-    kv = memory.as_strided((blocks, 2, heads, block_tokens, head_dim), (far, 512, 256, 32, 1))
+    heads, head_dim, tokens = 2, 32, 2 * block_tokens
+    head = block_tokens * head_dim
+    memory = torch.empty(far * (blocks - 1) + 4 * head, dtype=torch.float16, device=DEVICE)
+    kv = memory.as_strided((blocks, 2, heads, block_tokens, head_dim), (far, 2 * head, head, head_dim, 1))
     generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(16, heads, head_dim, generator=generator).half().to(DEVICE) for _ in range(2))
-    slots = torch.tensor([*range(24, 32), *range(16, 24)], device=DEVICE)  # block 3, then block 2
+    k, v = (torch.randn(tokens, heads, head_dim, generator=generator).half().to(DEVICE) for _ in range(2))
+    slots = torch.arange(2 * block_tokens, 4 * block_tokens, device=DEVICE).roll(
+        block_tokens
+    )  # block 3 first
     triton_ops.write_kv(k, v, kv, slots)
     assert torch.equal(kv[[3, 2], 0].transpose(1, 2).flatten(0, 1), k)
     qkv = torch.cat([k, k, v], dim=1).flatten(1)
-    table = torch.ones(16, head_dim // 2, device=DEVICE)
+    table = torch.ones(tokens, head_dim // 2, device=DEVICE)
     q = triton_ops.rope_and_write_kv(
-        qkv, kv, slots, torch.arange(16, device=DEVICE), table, 0 * table, num_heads=heads
+        qkv, kv, slots, torch.arange(tokens, device=DEVICE), table, 0 * table, num_heads=heads
     )
     assert torch.equal(q, k)
     assert torch.equal(kv[[3, 2], 1].transpose(1, 2).flatten(0, 1), v)
@@ -355,13 +359,13 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         block_tables=torch.tensor([[3, 2]], dtype=torch.int32, device=DEVICE),
         rows=torch.zeros(2, dtype=torch.int32, device=DEVICE),
         query_starts=torch.tensor([0, 1, 16], dtype=torch.int32, device=DEVICE),
-        context_lens=torch.tensor([16, 16], dtype=torch.int32, device=DEVICE),
+        context_lens=torch.tensor([tokens, tokens], dtype=torch.int32, device=DEVICE),
         num_decodes=1,
         max_query_len=15,
-        max_context_len=16,
+        max_context_len=tokens,
     )
-    actual = triton_ops.paged_attention(q, kv, batch, scale=0.2)
-    close(actual, reference.paged_attention(q, kv, batch, scale=0.2), torch.float16)
+    actual = triton_ops.paged_attention(q[:16], kv, batch, scale=0.2)
+    close(actual, reference.paged_attention(q[:16], kv, batch, scale=0.2), torch.float16)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")

@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from blockyard.kernels import reference, triton_copy, triton_ops
+from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # the interpreter's numpy
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,57 @@
+# Everything happens in .venv, which is made and filled once, and again when pyproject.toml changes.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+MODULES := -p blockyard.kernels -p blockyard.engine -p blockyard.agent -m blockyard.cli
+
+.PHONY: help demo test lint format gpu bench wheel clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -ts $$'\t'
+
+demo: $(INSTALLED)  ## serve SmolLM2-135M on this machine, ask it something, show its KV pool
+	@$(PY) examples/demo.py
+
+test: $(INSTALLED)  ## the whole test suite; ARGS="-k name" for a part of it
+	$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED) .build/blockyard  ## ruff, strict types, who may import whom
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	MYPYPATH=.build $(VENV)/bin/mypy $(MODULES)
+	$(VENV)/bin/lint-imports
+
+format: $(INSTALLED)  ## bring the code into ruff's form
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+gpu: .build/blockyard  ## kernel and runner tests and kernel benchmarks on CUDA, with GPU_PYTHON's own packages
+	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a CUDA device"'
+	PYTHONPATH=.build $(GPU_PYTHON) -m pytest -q tests/kernels tests/engine/test_cuda.py
+	PYTHONPATH=.build $(GPU_PYTHON) benchmarks/kernels.py
+
+bench: $(INSTALLED)  ## the CPU benchmarks of docs/performance.md; takes about half an hour
+	$(PY) benchmarks/throughput.py
+	$(PY) benchmarks/serve.py
+	$(PY) benchmarks/memory.py
+
+wheel: $(INSTALLED)  ## dist/*.whl
+	$(PY) -m build --wheel
+
+clean:  ## remove what was built here (prepared models and kernels stay in the user's cache folder)
+	rm -rf $(VENV) .build build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The root folder is the package, whatever its name: tools that import by path find it through this link.
+.build/blockyard:
+	mkdir -p .build && ln -sfn .. $@
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --editable '.[dev]'
+	touch $@
