@@ -9,16 +9,22 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 log = logging.getLogger("blockyard.kernels")
 
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fopenmp", "-w"]
 CHOICE = "BLOCKYARD_CPU_KERNELS"
+LOCK_SECONDS = 600  # a build takes less than one minute; whoever waits this long for another's gives up
+_ops: Any = torch.ops
 
 
 def cache_folder() -> Path:
@@ -40,22 +46,41 @@ def load() -> bool:
         raise ValueError(f"{CHOICE} is {choice!r}; it must be auto, compiled or reference")
     if choice == "reference":
         return False
-    library = cache_folder() / f"cpu-{_fingerprint()}.so"
     try:
-        if not library.is_file():
-            _build(library)
-        torch.ops.load_library(str(library))
-    except Exception as error:
+        library = cache_folder() / f"cpu-{_fingerprint()}.so"
+        if not _is_loadable(library):
+            _build_once(library)
+            _ops.load_library(str(library))
+    except Exception as error:  # whatever stands in the way of a build, plain torch goes without it
+        reason = _reason(error)
         if choice == "compiled":
-            raise
+            raise RuntimeError(
+                f"{CHOICE} is 'compiled', but the CPU kernels cannot be built: {reason}"
+            ) from error
         log.warning(
-            "CPU kernels cannot be built (%s); plain torch is used, which is several times slower. "
-            "Install a C++20 compiler, or set %s=reference to silence this",
-            str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__,
+            "CPU kernels cannot be built: %s. Plain torch is used, which is several times slower; "
+            "%s=reference chooses that without this warning",
+            reason,
             CHOICE,
         )
         return False
     return True
+
+
+def _is_loadable(library: Path) -> bool:
+    """Load a library that is there. One that was built beside another C library, say, is built again."""
+    try:
+        _ops.load_library(str(library))
+    except OSError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says most: a compiler's first complaint among pages of output."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    complaints = [line for line in lines if "error:" in line]
+    return next(iter(complaints or lines), type(error).__name__)
 
 
 def _sources() -> list[Path]:
@@ -78,32 +103,55 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def _build_once(library: Path) -> None:
+    """Build, unless another process just did: the ranks of a tensor-parallel engine start together."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(library.with_suffix(".lock")).acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise RuntimeError(f"another process holds {error.lock_file} for {LOCK_SECONDS} s; end it") from error
+    except OSError as error:
+        raise RuntimeError(
+            f"the cache folder {library.parent} cannot be written ({error.strerror or error}); "
+            "set BLOCKYARD_CACHE to one that can"
+        ) from error
+    with held:
+        if not _is_loadable(library):
+            _build(library)
+
+
 def _build(library: Path) -> None:
-    """Compile in a private folder and rename the result: two builders never see each other's halves."""
+    """Compile in a private folder and rename the result, so that a build that is cut off leaves nothing."""
     from torch.utils import cpp_extension
 
-    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
-        raise RuntimeError(f"there is no C++ compiler {cpp_extension.get_cxx_compiler()!r}")
-    library.parent.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CXX", "c++")  # as cpp_extension chooses it; it may be "ccache g++"
+    if shutil.which(compiler.split(" ")[0]) is None:
+        raise RuntimeError(
+            f"there is no C++ compiler {compiler!r}; install one that knows C++20, or name it in CXX"
+        )
     print(
-        "blockyard: building the CPU kernels, once for this machine (about a minute)",
+        "blockyard: building the CPU kernels, once for this machine (less than a minute)",
         file=sys.stderr,
         flush=True,
     )
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder, _own_ninja():
+        cpp_extension.load(
+            name="blockyard_cpu",
+            sources=[str(path) for path in _sources() if path.suffix == ".cpp"],
+            extra_cflags=FLAGS,
+            extra_ldflags=["-fopenmp"],
+            build_directory=folder,
+            is_python_module=False,
+        )
+        (Path(folder) / "blockyard_cpu.so").replace(library)
+
+
+@contextmanager
+def _own_ninja() -> Iterator[None]:
+    """Let torch find the ninja beside this Python, also where its environment is not activated."""
     path = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), path]
-    )  # for the ninja of this venv
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     try:
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
-            cpp_extension.load(
-                name="blockyard_cpu",
-                sources=[str(path) for path in _sources() if path.suffix == ".cpp"],
-                extra_cflags=FLAGS,
-                extra_ldflags=["-fopenmp"],
-                build_directory=folder,
-                is_python_module=False,
-            )
-            os.replace(Path(folder) / "blockyard_cpu.so", library)
+        yield
     finally:
         os.environ["PATH"] = path

@@ -1,6 +1,7 @@
 """Every operation of this floor in plain torch: the meaning that all faster paths are tested against.
 
-Written to be read. Works on any device; sums in float32 (float64 inputs stay float64).
+Written to be read. Works on any device. Sums are in float32, and so are the parts of attention; float64
+inputs are computed and returned in float64, which is what float32 implementations are tested against.
 
 KV is block-major: the pool is ``[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]`` and an
 operation gets one layer of it, ``pool[:, layer]``: ``[num_blocks, 2, kv_heads, block_tokens,
@@ -68,8 +69,9 @@ def rope_and_write_kv(
     block * block_tokens + offset, -1 writes nothing (padding). Returns q [T, num_heads, head_dim],
     which may or may not share memory with qkv; qkv's contents are undefined afterwards.
     """
-    _, _, kv_heads, block_tokens, head_dim = kv.shape
-    q, k, v = qkv.view(-1, num_heads + 2 * kv_heads, head_dim).split((num_heads, kv_heads, kv_heads), dim=1)
+    _, _, kv_heads, _, head_dim = kv.shape
+    heads = qkv.view(-1, num_heads + 2 * kv_heads, head_dim)
+    q, k, v = heads[:, :num_heads], heads[:, num_heads:-kv_heads], heads[:, -kv_heads:]
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps)
     if k_norm is not None:
@@ -105,16 +107,17 @@ def paged_attention_partial(
     """Attention without the final division, so that parts computed elsewhere can be merged exactly.
 
     q [T, heads, head_dim] (rows may be strided), kv one layer of the pool. Returns unnormalised
-    output float32 [T, heads, head_dim], row maximum float32 [T, heads] (of scaled scores) and sum
-    of exponentials float32 [T, heads]. Rows of padding, or with no visible key, get (0, -inf, 0).
+    output [T, heads, head_dim], row maximum [T, heads] (of scaled scores) and sum of exponentials
+    [T, heads], in float32. Rows of padding, or with no visible key, get (0, -inf, 0).
     With ``causal`` the last query row of a sequence sees all its ``context_lens`` tokens, the one
     before it one less, and so on; without, every row sees all of them (a lent range lies wholly in
     the past). Source of the split: DistAttention (Infinite-LLM, arXiv 2401.02669).
     """
     tokens, heads, head_dim = q.shape
-    out = torch.zeros(tokens, heads, head_dim, dtype=torch.float32, device=q.device)
-    row_max = torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=q.device)
-    row_sum = torch.zeros(tokens, heads, dtype=torch.float32, device=q.device)
+    q = _acc(q)
+    out = q.new_zeros(tokens, heads, head_dim)
+    row_max = q.new_full((tokens, heads), -torch.inf)
+    row_sum = q.new_zeros(tokens, heads)
     starts, lens, rows = batch.query_starts.tolist(), batch.context_lens.tolist(), batch.rows.tolist()
     for s, length in enumerate(lens):
         begin, end = starts[s], starts[s + 1]
@@ -122,15 +125,15 @@ def paged_attention_partial(
             continue
         k, v = _gather(kv, batch.block_tables[rows[s]], length)
         group = heads // k.shape[0]
-        k = k.float().repeat_interleave(group, dim=0)  # [heads, length, head_dim]
-        v = v.float().repeat_interleave(group, dim=0)
-        scores = torch.einsum("thd,hld->htl", q[begin:end].float(), k) * scale
+        k = k.to(q.dtype).repeat_interleave(group, dim=0)  # [heads, length, head_dim]
+        v = v.to(q.dtype).repeat_interleave(group, dim=0)
+        scores = torch.einsum("thd,hld->htl", q[begin:end], k) * scale
         if causal:
             position = torch.arange(length - (end - begin), length, device=q.device)
             hidden = torch.arange(length, device=q.device)[None, :] > position[:, None]
             scores = scores.masked_fill(hidden, -torch.inf)
         m = scores.amax(-1)  # [heads, queries]
-        p = torch.exp(scores - m.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1))
+        p = torch.exp(scores - m.clamp_min(torch.finfo(m.dtype).min).unsqueeze(-1))
         out[begin:end] = torch.einsum("htl,hld->thd", p, v)
         row_max[begin:end] = m.T
         row_sum[begin:end] = p.sum(-1).T
@@ -144,20 +147,20 @@ def paged_attention(q: Tensor, kv: Tensor, batch: PagedBatch, *, scale: float) -
     (arXiv 2309.06180); heads that share a KV head are consecutive.
     """
     out, _, row_sum = paged_attention_partial(q, kv, batch, scale=scale)
-    return (out / row_sum.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).to(q.dtype)
+    return (out / row_sum.clamp_min(torch.finfo(row_sum.dtype).tiny).unsqueeze(-1)).to(q.dtype)
 
 
 def merge_partials(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """Exact merge of partial attentions over disjoint keys -> [T, heads, head_dim] in ``dtype``."""
     row_max = torch.stack([m for _, m, _ in parts]).amax(0)
-    safe_max = row_max.clamp_min(torch.finfo(torch.float32).min)
+    safe_max = row_max.clamp_min(torch.finfo(row_max.dtype).min)
     out = torch.zeros_like(parts[0][0])
     total = torch.zeros_like(parts[0][2])
     for part, m, part_sum in parts:
         weight = torch.exp(m - safe_max)
         out += part * weight.unsqueeze(-1)
         total += part_sum * weight
-    return (out / total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).to(dtype)
+    return (out / total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)).to(dtype)
 
 
 def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:

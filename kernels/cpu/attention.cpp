@@ -219,6 +219,32 @@ std::vector<Item> cut(const int32_t* starts, const int32_t* lens, int64_t sequen
   return items;
 }
 
+// A wrong id would be a read of foreign memory. There is one for some thousand numbers that are read, so
+// looking at all of them costs nothing that can be measured.
+void check_batch(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& tables, const at::Tensor& rows_of,
+                 const at::Tensor& query_starts, const at::Tensor& context_lens) {
+  const int32_t* rows = rows_of.const_data_ptr<int32_t>();
+  const int32_t* starts = query_starts.const_data_ptr<int32_t>();
+  const int32_t* lens = context_lens.const_data_ptr<int32_t>();
+  const int64_t sequences = context_lens.size(0), num_blocks = kv.size(0), block_tokens = kv.size(3);
+  TORCH_CHECK(starts[0] >= 0 && starts[sequences] <= q.size(0), "query_starts goes from ", starts[0], " to ",
+              starts[sequences], ", q has ", q.size(0), " rows");
+  for (int64_t s = 0; s < sequences; ++s) {
+    TORCH_CHECK(starts[s] <= starts[s + 1], "query_starts falls at sequence ", s);
+    if (starts[s] == starts[s + 1] || lens[s] == 0) continue;
+    TORCH_CHECK(rows[s] >= 0 && rows[s] < tables.size(0), "sequence ", s, " is in row ", rows[s], " of ",
+                tables.size(0), " block tables");
+    const int64_t count = (lens[s] + block_tokens - 1) / block_tokens;
+    TORCH_CHECK(lens[s] > 0 && count <= tables.size(1), "sequence ", s, " has ", lens[s],
+                " tokens, its table room for ", tables.size(1) * block_tokens);
+    const int32_t* ids = tables.const_data_ptr<int32_t>() + rows[s] * tables.stride(0);
+    uint32_t highest = 0;  // a negative id is a very high one
+    for (int64_t i = 0; i < count; ++i) highest = std::max(highest, static_cast<uint32_t>(ids[i]));
+    TORCH_CHECK(highest < num_blocks, "sequence ", s, " has block ", static_cast<int32_t>(highest),
+                " in its table; the pool has blocks 0 to ", num_blocks - 1);
+  }
+}
+
 template <typename T>
 void run(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& tables, const at::Tensor& rows_of,
          const at::Tensor& query_starts, const at::Tensor& context_lens, double scale, bool causal, bool partial,
@@ -314,11 +340,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention(const at::Tensor& q, co
                                                          const at::Tensor& context_lens, double scale, bool causal,
                                                          bool partial) {
   TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1, "q must be [T, heads, head_dim] with contiguous heads");
-  TORCH_CHECK(kv.dim() == 5 && kv.stride(4) == 1 && kv.scalar_type() == q.scalar_type(),
-              "kv must be [blocks, 2, kv_heads, block_tokens, head_dim] of q's dtype");
-  TORCH_CHECK(tables.stride(1) == 1 && rows.is_contiguous() && query_starts.is_contiguous() &&
-                  context_lens.is_contiguous() && query_starts.size(0) == context_lens.size(0) + 1,
+  TORCH_CHECK(kv.dim() == 5 && kv.stride(4) == 1 && kv.size(4) == q.size(2) && kv.scalar_type() == q.scalar_type(),
+              "kv must be [blocks, 2, kv_heads, block_tokens, head_dim] of q's head_dim and dtype");
+  TORCH_CHECK(q.size(1) % kv.size(2) == 0, q.size(1), " query heads cannot share ", kv.size(2), " KV heads");
+  TORCH_CHECK(tables.dim() == 2 && tables.stride(1) == 1 && rows.is_contiguous() && query_starts.is_contiguous() &&
+                  context_lens.is_contiguous() && rows.size(0) == context_lens.size(0) &&
+                  query_starts.size(0) == context_lens.size(0) + 1,
               "the batch's tensors do not fit together");
+  check_batch(q, kv, tables, rows, query_starts, context_lens);
   const auto floats = q.options().dtype(at::kFloat);
   auto out = at::zeros(q.sizes(), partial ? floats : q.options());
   auto high = partial ? at::full({q.size(0), q.size(1)}, kNone, floats) : at::empty({0}, floats);

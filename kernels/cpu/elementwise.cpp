@@ -52,6 +52,7 @@ void normalise(const T* x, const T* weight, T* out, int64_t n, double eps) {
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const auto input = x.contiguous();
   auto out = at::empty_like(input);
+  TORCH_CHECK(weight.numel() == input.size(-1), "x has ", input.size(-1), " features, the weight ", weight.numel());
   const int64_t n = input.size(-1), rows = n ? input.numel() / n : 0;
   by_type(input, [&](auto zero) {
     using T = decltype(zero);
@@ -68,6 +69,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 at::Tensor add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
   TORCH_CHECK(x.is_contiguous() && residual.is_contiguous() && x.sizes() == residual.sizes(),
               "x and residual must be contiguous and of one shape");
+  TORCH_CHECK(weight.numel() == x.size(-1), "x has ", x.size(-1), " features, the weight ", weight.numel());
   auto out = at::empty_like(x);
   const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
   by_type(x, [&](auto zero) {
@@ -88,6 +90,7 @@ at::Tensor add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const a
 }
 
 at::Tensor swiglu(const at::Tensor& gate_up) {
+  TORCH_CHECK(gate_up.dim() == 2, "gate_up must be [T, 2 * I]");
   const auto input = gate_up.contiguous();
   const int64_t rows = input.size(0), n = input.size(1) / 2;
   auto out = at::empty({rows, n}, input.options());
@@ -119,6 +122,13 @@ at::Tensor swiglu(const at::Tensor& gate_up) {
   return out;
 }
 
+void check_range(const at::Tensor& x, int64_t least, int64_t end, const char* name) {
+  const int64_t* values = x.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < x.size(0); ++i)
+    TORCH_CHECK(values[i] >= least && values[i] < end, name, "[", i, "] is ", values[i], "; it must be ", least, " to ",
+                end - 1);
+}
+
 template <typename T>
 void rotate(const T* from, T* to, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; ++i) {
@@ -134,10 +144,17 @@ at::Tensor rope_and_write_kv(const at::Tensor& qkv, const at::Tensor& kv, const 
                              const std::optional<at::Tensor>& k_norm, double eps) {
   TORCH_CHECK(qkv.is_contiguous() && cos.is_contiguous() && sin.is_contiguous() && kv.stride(4) == 1,
               "qkv, cos, sin and KV rows must be contiguous");
-  TORCH_CHECK(slots.scalar_type() == at::kLong && positions.scalar_type() == at::kLong,
-              "slots and positions must be int64");
   const int64_t tokens = qkv.size(0), kv_heads = kv.size(2), block_tokens = kv.size(3), dim = kv.size(4);
   const int64_t half = dim / 2, width = qkv.size(1);
+  TORCH_CHECK(width == (num_heads + 2 * kv_heads) * dim && cos.size(1) == half && sin.sizes() == cos.sizes(),
+              "qkv has ", width, " features; ", num_heads, " and 2 x ", kv_heads, " heads of ", dim, " were expected");
+  TORCH_CHECK(slots.is_contiguous() && slots.size(0) == tokens && positions.is_contiguous() &&
+                  positions.size(0) == tokens,
+              "there must be one slot and one position for each of ", tokens, " tokens");
+  TORCH_CHECK((!q_norm || q_norm->numel() == dim) && (!k_norm || k_norm->numel() == dim), "heads have ", dim,
+              " features, and so must q_norm and k_norm");
+  check_range(slots, -1, kv.size(0) * block_tokens, "slots");
+  check_range(positions, 0, cos.size(0), "positions");
   auto out = at::empty({tokens, num_heads, dim}, qkv.options());
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   const int64_t* position = positions.const_data_ptr<int64_t>();

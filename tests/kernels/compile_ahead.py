@@ -37,7 +37,7 @@ class TargetDriver:
     def get_current_device(self) -> int:
         return 0
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, _device: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:

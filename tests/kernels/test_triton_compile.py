@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 CAPABILITIES = (100, 80, 90)  # the slowest first: two are compiled at a time
+TIMEOUT_S = 800
 TARGETS = {80: ".target sm_80", 90: ".target sm_90a", 100: ".target sm_100a"}
 KERNELS = {
     "attention_kernel",
@@ -31,7 +32,12 @@ def _compile(capability: int) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = Path(__file__).with_name("compile_ahead.py")
     done = subprocess.run(
-        [sys.executable, program, str(capability)], env=environment, capture_output=True, text=True
+        [sys.executable, program, str(capability)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
