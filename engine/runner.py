@@ -70,8 +70,9 @@ class Runner:
             }
             given = ", ".join(f"{name}={value}" for name, value in sizes.items() if value)
             raise ConfigError(
-                f"out of memory while loading {directory} as {self.dtype} on {self.device} with {given}: {error}. "
-                "Lower kv_blocks, kv_bytes, memory_fraction, host_blocks or max_batch_tokens, or choose a smaller dtype"
+                f"out of memory while loading {directory} as {self.dtype} on {self.device} with {given}: "
+                f"{error}. Lower kv_blocks, kv_bytes, memory_fraction, host_blocks or max_batch_tokens, or "
+                "choose a smaller dtype"
             ) from None
 
     def _load(self, directory: Path) -> None:
@@ -127,8 +128,9 @@ class Runner:
             blocks, source = min(useful, room // self.block_bytes), "memory_fraction"
         if blocks < 1:
             raise ConfigError(
-                f"{source} leaves no room for a single KV block of {self.block_bytes} bytes, with {free / GIB:.2f} GiB "
-                f"free on {self.device}. Raise {source}, or lower max_batch_tokens or choose a smaller dtype"
+                f"{source} leaves no room for a single KV block of {self.block_bytes} bytes, with "
+                f"{free / GIB:.2f} GiB free on {self.device}. Raise {source}, or lower max_batch_tokens or "
+                "choose a smaller dtype"
             )
         if blocks * self.block_bytes > free:
             raise ConfigError(
@@ -155,7 +157,7 @@ class Runner:
         return int(free - total * (1 - self._config.memory_fraction)) - step - sampling
 
     def _rehearse(self, tokens: int) -> None:
-        """A step of ``tokens`` tokens, and one of as many decodes as can be. Only block 0 is written, and nobody's."""
+        """A step of ``tokens`` tokens, and one of as many decodes as can be. They write to block 0 alone."""
         empty = np.empty(0, dtype=np.int32)
         pairs = empty.reshape(0, 2)
         chunks = [min(self.max_model_len, tokens)] * max(1, tokens // self.max_model_len)
@@ -236,7 +238,7 @@ class Runner:
         return self.model.forward(token_ids.long(), places, slots, self.kv, batch, last.long())
 
     def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Where the KV of tokens at ``positions`` int64 [T] of sequences in ``rows`` [T] lies -> int64 [T]."""
+        """Where the KV of the tokens at ``positions`` int64 [T] of ``rows`` [T] lies -> int64 [T]."""
         blocks = self._tables[rows.long(), positions // self._block_tokens].long()
         return blocks * self._block_tokens + positions % self._block_tokens
 
@@ -282,7 +284,7 @@ class Graphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
         memory = None
         for size in reversed(self._sizes):
-            stream = torch.cuda.Stream(runner.device)
+            stream = torch.cuda.Stream(runner.device)  # type: ignore[no-untyped-call] # torch's gap
             stream.wait_stream(torch.cuda.current_stream(runner.device))
             with torch.cuda.stream(stream):
                 self._decode(size)  # compiles kernels and sizes workspaces outside of the capture

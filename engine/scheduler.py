@@ -147,9 +147,9 @@ class Scheduler:
         blocks += (request.width - 1) * (blocks - prompt // limits.block_tokens)
         if blocks > len(self.pool):
             raise RequestError(
-                f"the request can grow to {blocks} KV blocks of {limits.block_tokens} tokens (prompt {prompt}, "
-                f"max_tokens {params.max_tokens}, {request.width} sequences); the pool has {len(self.pool)}. "
-                "Lower max_tokens or n, or give the server more kv_blocks",
+                f"the request can grow to {blocks} KV blocks of {limits.block_tokens} tokens "
+                f"(prompt {prompt}, max_tokens {params.max_tokens}, {request.width} sequences); the pool has "
+                f"{len(self.pool)}. Lower max_tokens or n, or give the server more kv_blocks",
                 field="max_tokens",
             )
 
@@ -456,8 +456,8 @@ class Scheduler:
         for ask in self._asks(request):
             if len(ask) > budget:
                 break
-            for sequence, count in ask:
-                count = min(count, budget)
+            for sequence, wanted in ask:
+                count = min(wanted, budget)
                 self._grow(plan, sequence, count)
                 budget -= count
         return budget

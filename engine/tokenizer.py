@@ -21,8 +21,15 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """The tokenizer of one model folder (tokenizer.json) and its chat template."""
 
-    def __init__(self, fast: FastTokenizer, *, vocab_size: int, eos_token_ids: Sequence[int] = (),
-                 chat_template: str | None = None, special: dict[str, str] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+        special: dict[str, str] | None = None,
+    ) -> None:
         self._fast = fast
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
@@ -117,7 +124,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
     return environment.from_string(source)
 
 

@@ -1,4 +1,4 @@
-"""Weights from safetensors files: what is in them, one tensor or one rank's slice of it at a time, and a digest.
+"""Weights from safetensors files: what is in them, one tensor or one rank's slice at a time, a digest.
 
 The files are read with plain reads into the memory where the values will stay. Mapping them, as the
 safetensors library does, would count every page once more as resident until the last tensor is loaded;
@@ -80,11 +80,13 @@ class Weights:
             )
         if entry.shape != shape:
             raise ConfigError(
-                f"tensor {name!r} of model {self._directory} is {list(entry.shape)}; config.json promises {list(shape)}"
+                f"tensor {name!r} of model {self._directory} is {list(entry.shape)}; "
+                f"config.json promises {list(shape)}"
             )
         if entry.dtype not in DTYPES:
             raise ConfigError(
-                f"tensor {name!r} of model {self._directory} is of dtype {entry.dtype}; supported are {', '.join(DTYPES)}"
+                f"tensor {name!r} of model {self._directory} is of dtype {entry.dtype}; "
+                f"supported are {', '.join(DTYPES)}"
             )
         self._unread.discard(name)
         end = shape[axis] if end is None else min(end, shape[axis])
@@ -101,7 +103,7 @@ class Weights:
         buffer = torch.empty((rows.stop - rows.start) * row_bytes, dtype=torch.uint8)
         if entry.file not in self._files:
             self._files[entry.file] = entry.file.open("rb", buffering=0)
-        file, view = self._files[entry.file], memoryview(buffer.numpy())
+        file, view = self._files[entry.file], buffer.numpy().data
         file.seek(entry.begin + rows.start * row_bytes)
         done = 0
         while done < len(view):  # one read brings 2 GiB at most

@@ -1,59 +1,78 @@
 """Tensor parallelism: the other ranks as processes of their own, under the one central scheduler.
 
 Rank 0 lives in the engine's process and is an ordinary Runner. Each step is sent once to every worker,
-as one message over a pipe; inside the pass ranks only sum activations (gloo on CPUs, NCCL on GPUs). A
-pipe rather than a collective carries the steps because an idle engine then waits in no collective that
-could time out, and because the end of a pipe tells of a death at once, in either direction.
+as one message over a pipe; inside the pass ranks only sum activations (gloo on CPUs, NCCL on GPUs).
+Whatever else ranks agree on while they load goes over the pipes too: an end of a pipe tells of a death at
+once, in either direction, where a collective would wait for somebody who never comes.
+
+Workers are plain child processes that end when their pipe does, so nothing survives a killed engine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
+import datetime as dt
 import faulthandler
 import logging
-import multiprocessing
 import os
+import queue
+import signal
 import socket
+import subprocess
+import sys
 import threading
-from multiprocessing.connection import Connection, wait
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # public, but not in its __all__
 
 from .config import EngineConfig
-from .errors import ConfigError, WorkerDied
+from .errors import ConfigError, EngineError, WorkerDied
+from .model import Shard
+from .model_config import ModelConfig
 from .runner import Runner
 from .step import StepInput, StepRunner
 
 log = logging.getLogger("blockyard.engine")
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
-LOAD_TIMEOUT = 600.0  # seconds a worker may take to load its shard
-EXIT_TIMEOUT = 5.0
+COLLECTIVE_TIMEOUT = dt.timedelta(seconds=60)
+LOAD_TIMEOUT = 600.0  # seconds that ranks wait for each other while they load
+EXIT_TIMEOUT = 5.0  # seconds from a worker's death until whoever still waits for it is ended
+_STUCK = 70  # exit code then
+_LOOPBACK = "127.0.0.1"
+
+OnDeath = Callable[[WorkerDied], None]
 
 
-def load_runner(config: EngineConfig) -> StepRunner:
-    """The runner a config asks for: on this process alone, or with tensor-parallel workers."""
+def load_runner(config: EngineConfig, on_death: OnDeath | None = None) -> StepRunner:
+    """The runner a config asks for: on this process alone, or with tensor-parallel workers.
+
+    ``on_death`` is called, from another thread, if a worker dies once it has loaded.
+    """
     if config.tensor_parallel < 1:
         raise ConfigError(f"tensor_parallel is {config.tensor_parallel}; it must be at least 1")
-    return Runner(config) if config.tensor_parallel == 1 else ParallelRunner(config)
+    return Runner(config) if config.tensor_parallel == 1 else ParallelRunner(config, on_death)
 
 
-class Group:
-    """The communicator of one rank of several."""
+class _Group:
+    """The collectives of one rank of several."""
 
-    def __init__(self, rank: int, size: int, port: int, *, cuda: bool) -> None:
+    def __init__(self, rank: int, size: int, *, cuda: bool) -> None:
         self.rank, self.size = rank, size
+        self._backend = "nccl" if cuda else "gloo"
+
+    def _join(self, store: TCPStore) -> None:
+        # All ranks are on this machine, and what they send is for nobody else.
+        os.environ.setdefault(f"{self._backend.upper()}_SOCKET_IFNAME", "lo")
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=rank,
-            world_size=size,
-            timeout=COLLECTIVE_TIMEOUT,
+            self._backend, store=store, rank=self.rank, world_size=self.size, timeout=COLLECTIVE_TIMEOUT
         )
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -67,58 +86,132 @@ class Group:
         return None if parts is None else torch.cat(parts, dim=-1)
 
 
-class ParallelRunner:
-    """A Runner for rank 0 and the processes of all other ranks, behind a Runner's interface."""
+class Leader(_Group):
+    """Rank 0's communicator. ``together`` is set while the ranks compute and so wait for each other."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        size = config.tensor_parallel
-        cuda = config.device != "cpu" and torch.cuda.is_available()
-        if config.threads is None and not cuda:
-            config = dataclasses.replace(config, threads=max(1, torch.get_num_threads() // size))
-        port = _free_port()
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._workers: list[Any] = []
-        self._closing = False
-        try:
-            for rank in range(1, size):
-                ours, theirs = context.Pipe()
-                worker = context.Process(
-                    target=work,
-                    args=(config, rank, port, cuda, theirs),
-                    name=f"blockyard-rank-{rank}",
-                    daemon=True,
-                )
-                worker.start()
-                theirs.close()
-                self._pipes.append(ours)
-                self._workers.append(worker)
-            self._watcher = threading.Thread(target=self._watch, daemon=True, name="worker-watch")
-            self._dead = threading.Event()
-            self._watcher.start()
-            self._load(config, port, cuda)
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, pipes: list[Connection], *, cuda: bool) -> None:
+        super().__init__(0, len(pipes) + 1, cuda=cuda)
+        self._pipes = pipes
+        self.together = False
 
-    def _load(self, config: EngineConfig, port: int, cuda: bool) -> None:
-        """Load all ranks; the pool is as large as the smallest rank's memory allows."""
-        group = Group(0, config.tensor_parallel, port, cuda=cuda)
-        self._runner = runner = Runner(config, group)
-        sizes = [runner.num_blocks]
-        for pipe in self._pipes:
+    def collect(self) -> list[Any]:
+        """What each worker says next. Raises a failed one's error, WorkerDied for one that is gone."""
+        answers = []
+        for rank, pipe in enumerate(self._pipes, 1):
             if not pipe.poll(LOAD_TIMEOUT):
-                raise ConfigError(f"a tensor-parallel worker was not ready after {LOAD_TIMEOUT:.0f} s")
+                raise WorkerDied(f"tensor-parallel rank {rank} was silent for {LOAD_TIMEOUT:.0f} s")
             try:
                 answer = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 raise WorkerDied(
-                    "a tensor-parallel worker died while it loaded; its output says why"
+                    f"tensor-parallel rank {rank} died while it loaded; its output says why"
                 ) from None
-            if isinstance(answer, Exception):
+            if isinstance(answer, EngineError):
                 raise answer
-            sizes.append(answer)
-        self.num_blocks = min(sizes)
+            answers.append(answer)
+        return answers
+
+    def _tell(self, answer: int) -> None:
+        for rank, pipe in enumerate(self._pipes, 1):
+            try:
+                pipe.send_bytes(b"%d" % answer)
+            except OSError:
+                raise WorkerDied(f"tensor-parallel rank {rank} died while it loaded") from None
+
+    def meet(self) -> None:
+        self.collect()
+        listener = socket.create_server((_LOOPBACK, 0))
+        port = int(listener.getsockname()[1])
+        store = TCPStore(
+            _LOOPBACK,
+            port,
+            self.size,
+            is_master=True,
+            timeout=COLLECTIVE_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        self._tell(port)
+        self.together = True
+        self._join(store)
+
+    def smallest(self, value: int) -> int:
+        result: int = min(value, *self.collect())
+        self._tell(result)
+        return result
+
+
+class Follower(_Group):
+    """A worker's communicator; to ``inbox`` come rank 0's answers, one for each message sent to it."""
+
+    def __init__(
+        self, rank: int, size: int, pipe: Connection, inbox: queue.SimpleQueue[bytes], *, cuda: bool
+    ) -> None:
+        super().__init__(rank, size, cuda=cuda)
+        self._pipe = pipe
+        self._inbox = inbox
+
+    def _exchange(self, value: int | None) -> int:
+        self._pipe.send(value)
+        return int(self._inbox.get())  # if rank 0 goes, so does this process
+
+    def meet(self) -> None:
+        port = self._exchange(None)
+        self._join(TCPStore(_LOOPBACK, port, self.size, is_master=False, timeout=COLLECTIVE_TIMEOUT))
+
+    def smallest(self, value: int) -> int:
+        return self._exchange(value)
+
+
+@dataclasses.dataclass(slots=True)
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+
+
+class ParallelRunner:
+    """A Runner for rank 0 and the processes of all other ranks, behind a Runner's interface.
+
+    ConfigError or WorkerDied if one of them cannot load.
+    """
+
+    def __init__(self, config: EngineConfig, on_death: OnDeath | None = None) -> None:
+        size = config.tensor_parallel
+        cuda = config.device != "cpu" and torch.cuda.is_available()
+        Shard.of(ModelConfig.from_directory(Path(config.model)), 0, size)
+        if cuda and size > torch.cuda.device_count():
+            raise ConfigError(
+                f"tensor_parallel is {size}, but {torch.cuda.device_count()} CUDA devices are usable here; "
+                "lower tensor_parallel or set device to 'cpu'"
+            )
+        if dist.is_initialized():
+            raise ConfigError("tensor_parallel: this process runs another tensor-parallel engine; close it")
+        if config.threads is None and not cuda:
+            config = dataclasses.replace(config, threads=max(1, torch.get_num_threads() // size))
+        self._on_death = on_death
+        self._loaded = self._closed = False
+        self._dead = threading.Event()
+        self._ended = threading.Event()  # nobody waits for workers any more
+        self._workers: list[_Worker] = []
+        try:
+            for rank in range(1, size):
+                self._workers.append(_start(config, rank, cuda=cuda))
+            self._group = Leader([worker.pipe for worker in self._workers], cuda=cuda)
+            for worker in self._workers:
+                threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
+            self._runner = runner = Runner(config, self._group)
+            self._group.collect()  # each says once more that it is ready
+            self._group.together = False
+            self._loaded = True
+            if self._dead.is_set():  # before ``on_death`` would have been called
+                raise WorkerDied("a tensor-parallel worker died as soon as it had loaded")
+        except BaseException as error:
+            cause = self._blame(error)
+            self.close()
+            if cause is error:
+                raise
+            raise cause from error
         self.layout_digest = runner.layout_digest
         self.dtype = runner.dtype
         self.device = runner.device
@@ -127,80 +220,120 @@ class ParallelRunner:
         self.max_model_len = runner.max_model_len
         self.max_num_seqs = runner.max_num_seqs
         self.max_batch_tokens = runner.max_batch_tokens
+        self.num_blocks = runner.num_blocks
         self.block_bytes = runner.block_bytes
         self.host_blocks = runner.host_blocks
 
-    def _watch(self) -> None:
-        """Notice a dead worker at once; if the engine is stuck in a collective with it, end the process."""
-        wait([worker.sentinel for worker in self._workers])
-        if self._closing:
+    def _watch(self, worker: _Worker) -> None:
+        """Notice a dead worker at once; end the process if it is stuck in a collective with it."""
+        code = worker.process.wait()
+        if self._closed:
             return
         self._dead.set()
-        names = [f"{w.name} (exit code {w.exitcode})" for w in self._workers if not w.is_alive()]
-        log.error("tensor-parallel worker died: %s", ", ".join(names))
-        threading.Event().wait(EXIT_TIMEOUT)
-        if not self._closing:
+        message = f"tensor-parallel rank {worker.rank} died (exit code {code})"
+        log.error(message)
+        if self._loaded and self._on_death is not None:
+            self._on_death(WorkerDied(message))
+        if not self._ended.wait(EXIT_TIMEOUT) and self._group.together:
             faulthandler.dump_traceback()
-            os._exit(70)  # still computing with a dead peer: nobody can raise in that thread
+            os._exit(_STUCK)  # in a collective with a dead peer: nobody can raise in that thread
+
+    def _blame(self, error: BaseException) -> BaseException:
+        """What is behind an error on rank 0: a worker's own error, or its death, or itself."""
+        if isinstance(error, EngineError) or not isinstance(error, (RuntimeError, OSError)):
+            return error
+        # A collective fails because the other end of a connection is gone: wait until we know of it.
+        if not self._dead.wait(EXIT_TIMEOUT):
+            return error
+        for worker in self._workers:
+            with contextlib.suppress(EOFError, OSError):
+                while worker.pipe.poll(0):
+                    message = worker.pipe.recv()
+                    if isinstance(message, EngineError):
+                        return message
+        codes = {worker.rank: worker.process.poll() for worker in self._workers}
+        dead = [f"{rank} (exit code {code})" for rank, code in codes.items() if code is not None]
+        return WorkerDied(f"tensor-parallel ranks died: {', '.join(dead)}")
 
     def execute(self, step: StepInput) -> Tensor | None:
         """As Runner.execute, on all ranks. WorkerDied if one of them is gone; the engine cannot go on."""
-        message = step.pack()
         try:
-            if self._dead.is_set():
-                raise WorkerDied("a tensor-parallel worker died")
-            for pipe in self._pipes:
-                pipe.send_bytes(message)
-            return self._runner.execute(step)
-        except (OSError, RuntimeError) as error:
+            if self._closed or self._dead.is_set():
+                raise WorkerDied("a tensor-parallel worker has died; start the engine anew")
+            message = step.pack()
+            for worker in self._workers:
+                worker.pipe.send_bytes(message)
+            self._group.together = True
+            logits = self._runner.execute(step)
+            self._group.together = False
+        except Exception as error:
+            cause = self._blame(error)
             self.close()
-            raise WorkerDied(f"a tensor-parallel worker died during a step: {error}") from error
-        except WorkerDied:
-            self.close()
-            raise
+            if cause is error:
+                raise
+            raise cause from error
+        return logits
 
     def close(self) -> None:
-        """End all workers: asked by closing their pipes, then killed."""
-        self._closing = True
-        for pipe in self._pipes:
-            pipe.close()
+        """End all workers. They hold nothing that is worth a goodbye."""
+        self._closed = True
+        self._ended.set()
         for worker in self._workers:
-            worker.join(EXIT_TIMEOUT)
-            if worker.is_alive():
-                worker.kill()
-                worker.join(EXIT_TIMEOUT)
+            worker.process.kill()
+            worker.process.wait()
+            worker.pipe.close()
+        self._workers = []
+        if hasattr(self, "_runner"):
+            self._runner.close()
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
 
-def work(config: EngineConfig, rank: int, port: int, cuda: bool, pipe: Connection) -> None:
+def _start(config: EngineConfig, rank: int, *, cuda: bool) -> _Worker:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        # -P: the current folder must not stand in for installed packages.
+        command = [sys.executable, "-P", "-m", "blockyard.engine.workers", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    pipe = Connection(ours.detach())
+    # If it is dead already, that is noticed where its answer is awaited.
+    with contextlib.suppress(OSError):
+        pipe.send((config, rank, cuda))
+    return _Worker(rank, process, pipe)
+
+
+def main(fd: int) -> None:
     """A worker process: load the shard, then compute each step that comes, until the pipe ends."""
-    try:
-        runner = Runner(config, Group(rank, config.tensor_parallel, port, cuda=cuda))
-    except Exception as error:
-        pipe.send(error if isinstance(error, ConfigError) else WorkerDied(f"rank {rank}: {error}"))
-        return
-    pipe.send(runner.num_blocks)
-    # The main thread may be deep in a collective when rank 0 goes, so a thread listens to the pipe.
-    steps: list[StepInput] = []
-    arrived = threading.Semaphore(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 decides when to stop
+    pipe = Connection(fd)
+    config, rank, cuda = pipe.recv()
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
+        """In a thread: when rank 0 goes, the main thread may be deep in a collective with it."""
         try:
             while True:
-                steps.append(StepInput.unpack(pipe.recv_bytes()))
-                arrived.release()
-        except (EOFError, OSError):
+                inbox.put(pipe.recv_bytes())
+        finally:
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    while True:
-        arrived.acquire()
-        runner.execute(steps.pop(0))
+    try:
+        runner = Runner(config, Follower(rank, config.tensor_parallel, pipe, inbox, cuda=cuda))
+        pipe.send(None)
+        while True:
+            runner.execute(StepInput.unpack(inbox.get()))
+    except BaseException as error:  # noqa: BLE001 - it is passed on to rank 0
+        if not isinstance(error, EngineError):
+            traceback.print_exc()
+            error = WorkerDied(f"tensor-parallel rank {rank} failed: {error}")
+        with contextlib.suppress(OSError):
+            pipe.send(error)
+        sys.stderr.flush()
+        os._exit(1)  # at once: an orderly end would wait for collectives that never come
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
