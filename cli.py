@@ -7,7 +7,7 @@ import asyncio
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from . import __version__
 from .agent.chat_client import chat
@@ -30,7 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, field in AgentSettings.model_fields.items():
         default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
         agent.add_argument(
-            f"--{name.replace('_', '-')}", dest=name, metavar="X", help=f"{field.description}{default}"
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            metavar=_metavar(field.annotation),
+            help=f"{field.description}{default}",
         )
 
     talk = commands.add_parser("chat", help="chat with any OpenAI server in the terminal")
@@ -42,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument("--temperature", type=float)
     talk.add_argument("--max-tokens", type=int)
     return parser
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(get_args(annotation)) + "}"
+    if annotation is bool:
+        return "{true,false}"
+    return "N" if annotation in (int, int | None) else "X" if annotation is float else "TEXT"
 
 
 def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -62,11 +73,12 @@ def main(argv: list[str] | None = None) -> int:
             for name in ("temperature", "max_tokens")
             if (value := getattr(arguments, name)) is not None
         }
-        return asyncio.run(chat(arguments.url, arguments.model, arguments.system, options))
+        return chat(arguments.url, arguments.model, arguments.system, options)
     except EngineError as error:
         print(f"blockyard: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print(file=sys.stderr)  # the shell's prompt goes on a line of its own
         return 130
 
 

@@ -96,7 +96,7 @@ class Completion:
                 async for piece in self._follow(number):
                     merged.put_nowait(piece)
                 merged.put_nowait(None)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised where the pieces are read
                 merged.put_nowait(error)
 
         tasks = [asyncio.create_task(forward(i)) for i in range(len(self.generations))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import socket
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -22,7 +23,9 @@ from ..engine.errors import ConfigError, EngineError, RequestError
 from ..engine.outputs import EngineStats, SequenceOutput
 from ..engine.sampling_params import SamplingParams
 from .messages import Abort, AddRequest, Command, Event, Failed, Outputs, Ready, Rejected, Shutdown, Stats
-from .wire import LENGTH, decode_event, frame
+from .wire import WireError, events, frame
+
+log = logging.getLogger("blockyard.agent")
 
 EXIT_TIMEOUT = 5.0  # seconds the engine gets to leave by itself
 
@@ -134,18 +137,15 @@ class EngineClient:
 
     async def _read(self, reader: asyncio.StreamReader, loaded: asyncio.Future[Ready]) -> None:
         try:
-            while True:
-                header = await reader.readexactly(LENGTH.size)
-                event = decode_event(await reader.readexactly(LENGTH.unpack(header)[0]))
+            async for event in events(reader):
                 if isinstance(event, Ready):
                     self.ready = event
-                    loaded.set_result(event)
+                    if not loaded.done():  # nobody waits any more if the agent was stopped meanwhile
+                        loaded.set_result(event)
                 else:
                     self._handle(event)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # its end of the socket is closed: it is gone, or about to be
-        except msgspec.DecodeError as error:
-            self.failure = EngineDied(f"the engine process sent what is no message: {error}")
+        except (WireError, ConnectionError) as error:
+            log.warning("from the engine process: %s", error)  # why it ended is looked at when it has
         finally:
             await self._bury(loaded)
 

@@ -76,7 +76,7 @@ def document() -> dict[str, Any]:
     def completion(summary: str, body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
         good = _answer("the answer, or with stream its events", answer)
         good["content"].update(stream)
-        errors = (400, 404, 413, 429, 500, 503)
+        errors = (400, 404, 408, 413, 429, 500, 503)
         return {"post": _operation(summary, good, body=body, errors=errors, parameters=[tenant])}
 
     def probe(summary: str, no: int) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def document() -> dict[str, Any]:
                     "token ids of a prompt or chat",
                     _answer("tokens", api.TokenizeResponse),
                     body=api.TokenizeRequest,
-                    errors=(400, 404, 413, 503),
+                    errors=(400, 404, 408, 413, 503),
                 )
             },
             "/status": {

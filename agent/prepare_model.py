@@ -26,7 +26,7 @@ async def prepare_in_child(model: str) -> Path:
 
     Cancelling ends the work and everything that it started.
     """
-    if Path(model).is_dir():
+    if Path(model).is_dir():  # noqa: ASYNC240 - one look at the disk, before anything is served
         return prepare(model)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -60,7 +60,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def _main(model: str) -> int:
-    def leave(number: int, frame: object) -> NoReturn:
+    def leave(number: int, _frame: object) -> NoReturn:
         raise SystemExit(128 + number)  # unlike the signal's default, runs the cleaning up
 
     signal.signal(signal.SIGTERM, leave)

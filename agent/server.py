@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -50,7 +51,6 @@ MAX_STATUS_WAIT = 60.0  # seconds a long poll may last
 MAX_TENANT = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 LARGE_TEXT = 1 << 16  # characters above which tokenizing leaves the event loop
-STALL_TIMEOUT = 60.0  # seconds a client may take no data before its request is dropped
 EXIT_DELAY = 1.0  # seconds in which clients and probes can still learn why the server goes
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -105,20 +105,15 @@ class Agent:
         self.board.enter(state)
 
     async def drain(self) -> None:
-        """Take nothing new; return when all requests have ended or the grace period is over."""
+        """Take nothing new; return when all requests have ended."""
         self.enter("draining")
-        grace = self.settings.grace_period
-        try:
-            async with asyncio.timeout(grace):
-                while self.engine.in_flight and not self.engine.gone.is_set():
-                    await self.board.next_change()
-        except TimeoutError:
-            log.warning(
-                "the grace period of %g s is over; %d requests are cut off", grace, self.engine.in_flight
-            )
-            self.engine.cut_off(
-                f"the server was shut down before the answer was there (grace_period {grace:g} s); ask again"
-            )
+        while self.engine.in_flight:
+            await self.board.next_change()
+
+    def cut_off(self, why: str) -> None:
+        """End the requests that are left, each with an error that says why."""
+        log.warning("%s; %d requests are cut off", why, self.engine.in_flight)
+        self.engine.cut_off(f"the server was shut down before the answer was there ({why}); ask again")
 
     # ── Status, health, metrics, contract ─────────────────────────────────────────────────────────
 
@@ -134,25 +129,25 @@ class Agent:
             return _json(self.board.report())
         return _json(await self.board.newer_than(int(since), wait))
 
-    async def healthz(self, request: web.Request) -> web.Response:
+    async def healthz(self, _request: web.Request) -> web.Response:
         """Alive: false only when the engine has failed and the process is about to exit."""
         return self._probe(200 if self.board.state != "failed" else 500)
 
-    async def readyz(self, request: web.Request) -> web.Response:
+    async def readyz(self, _request: web.Request) -> web.Response:
         """Ready for requests: false while starting, draining, drained or failed."""
         return self._probe(200 if self.board.state == "ready" else 503)
 
     def _probe(self, status: int) -> web.Response:
         return web.json_response({"state": self.board.state}, status=status)
 
-    async def prometheus(self, request: web.Request) -> web.Response:
+    async def prometheus(self, _request: web.Request) -> web.Response:
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         return web.Response(body=self.metrics.render(), headers={"Content-Type": content_type})
 
-    async def openapi(self, request: web.Request) -> web.Response:
+    async def openapi(self, _request: web.Request) -> web.Response:
         return web.json_response(document())
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def models(self, _request: web.Request) -> web.Response:
         ready = self.engine.ready
         card = ModelCard(
             id=self.settings.public_name,
@@ -166,7 +161,7 @@ class Agent:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         timer = RequestTimer(self.metrics)
         tokenizer, ready = self._admit()
-        ask = parse(CompletionRequest, await request.read())
+        ask = parse(CompletionRequest, await self._body(request))
         self._check_model(ask.model)
         if ask.echo and ask.logprobs is not None:
             raise BadRequest("echo and logprobs cannot be combined; leave one of them out", param="echo")
@@ -187,7 +182,7 @@ class Agent:
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         timer = RequestTimer(self.metrics)
         tokenizer, ready = self._admit()
-        ask = parse(ChatRequest, await request.read())
+        ask = parse(ChatRequest, await self._body(request))
         self._check_model(ask.model)
         if ask.top_logprobs is not None and not ask.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -203,7 +198,7 @@ class Agent:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         _, ready = self._admit()
-        ask = parse(TokenizeRequest, await request.read())
+        ask = parse(TokenizeRequest, await self._body(request))
         if ask.model is not None:
             self._check_model(ask.model)
         if (ask.prompt is None) == (ask.messages is None):
@@ -224,6 +219,18 @@ class Agent:
                 retry_after=5,
             )
         return self._tokenizer, self.engine.ready
+
+    async def _body(self, request: web.Request) -> bytes:
+        limit = self.settings.client_timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await request.read()
+        except TimeoutError:
+            raise BadRequest(
+                f"the body did not arrive within {limit:g} seconds (client_timeout); send it faster",
+                code="body_timeout",
+                status=408,
+            ) from None
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.public_name:
@@ -301,8 +308,8 @@ class Agent:
     ) -> web.StreamResponse:
         """Server-sent events. The response starts with the first token, so that a refusal is still a 4xx."""
         with_usage = ask.stream_options is not None and ask.stream_options.include_usage
-        async with contextlib.aclosing(completion.pieces()) as pieces:
-            first = await anext(pieces)
+        async with contextlib.aclosing(_events(completion, shape, timer, with_usage=with_usage)) as events:
+            data: bytes | None = await anext(events)
             response = web.StreamResponse(
                 headers={
                     "Content-Type": "text/event-stream; charset=utf-8",
@@ -312,31 +319,53 @@ class Agent:
                 }
             )
             await response.prepare(request)
-            try:
-                await _send(response, shape.first_chunks(completion.choices), with_usage=with_usage)
-                piece: Piece | None = first
-                while piece is not None:
-                    if piece.tokens:
-                        timer.token(piece.index)
-                    await _send(response, [shape.chunk(piece)], with_usage=with_usage)
-                    piece = await anext(pieces, None)
-                if with_usage:
-                    await _send(response, [shape.usage_chunk(completion.totals)])
-                await _write(response, b"data: [DONE]\n\n")
-                timer.finish(completion.totals.prompt_tokens, completion.totals.completion_tokens)
-            except TimeoutError:
-                log.info("request id=%s took no data for %g s and is dropped", request["id"], STALL_TIMEOUT)
-                if request.transport is not None:
-                    request.transport.abort()
-            except ConnectionError:
-                raise
-            except Exception as error:
-                # The status line is long gone; the error is the stream's last event.
-                status, body = described(error)
-                if status == 500:
-                    log.exception("request id=%s failed", request["id"])
-                await _send(response, [body.model_dump()])
+            limit = self.settings.client_timeout
+            while data is not None:
+                try:
+                    async with asyncio.timeout(limit):
+                        await response.write(data)
+                except TimeoutError:
+                    log.info("request id=%s took no data for %g s and is dropped", request["id"], limit)
+                    if request.transport is not None:
+                        request.transport.abort()
+                    break
+                data = await anext(events, None)
         return response
+
+
+async def _events(
+    completion: Completion, shape: Shape, timer: RequestTimer, *, with_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream. What goes wrong before the first is raised, and later is the last event."""
+    begun = False
+    try:
+        async with contextlib.aclosing(completion.pieces()) as pieces:
+            async for piece in pieces:
+                if piece.tokens:
+                    timer.token(piece.index)
+                chunks = [shape.chunk(piece)]
+                if not begun:
+                    chunks = shape.first_chunks(completion.choices) + chunks
+                    begun = True
+                if with_usage:  # as OpenAI's: every event has the field, the last one has numbers
+                    chunks = [{"usage": None, **chunk} for chunk in chunks]
+                yield _sse(chunks)
+    except Exception as error:
+        if not begun:
+            raise
+        status, body = described(error)
+        if status == 500:
+            log.exception("a stream failed")
+        yield _sse([body.model_dump()])
+        return
+    if with_usage:
+        yield _sse([shape.usage_chunk(completion.totals)])
+    yield b"data: [DONE]\n\n"
+    timer.finish(completion.totals.prompt_tokens, completion.totals.completion_tokens)
+
+
+def _sse(events: list[dict[str, Any]]) -> bytes:
+    return b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
 
 
 def max_tokens(
@@ -381,22 +410,6 @@ def _tenant(request: web.Request, ask: Sampling) -> str:
     return f"{tenant}\0{ask.cache_salt}" if ask.cache_salt else tenant
 
 
-async def _send(
-    response: web.StreamResponse, events: list[dict[str, Any]], *, with_usage: bool = False
-) -> None:
-    """Events on the stream; with ``with_usage`` those that have no usage say so, as OpenAI's do."""
-    if with_usage:
-        events = [{"usage": None, **event} for event in events]
-    await _write(response, b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events))
-
-
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    """TimeoutError if the client has stopped reading."""
-    if data:
-        async with asyncio.timeout(STALL_TIMEOUT):
-            await response.write(data)
-
-
 def _json(model: BaseModel) -> web.Response:
     return web.Response(text=model.model_dump_json(), content_type="application/json")
 
@@ -409,11 +422,20 @@ def _query(request: web.Request, name: str, pattern: re.Pattern[str], what: str)
 
 
 async def serve(settings: AgentSettings) -> int:
-    """Run an agent until a signal or the engine's end; returns the process's exit code."""
+    """Run an agent until a signal or the engine's end; returns the process's exit code.
+
+    0 after a signal, 1 if the engine failed, 2 if a setting cannot work. SIGTERM and SIGINT drain; a SIGINT
+    while draining is somebody at the keyboard who does not want to wait, and ends the grace period.
+    """
     agent = Agent(settings)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def interrupt() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
     runner = web.AppRunner(agent.app, handler_cancellation=True, access_log=None, shutdown_timeout=EXIT_DELAY)
     tasks: list[asyncio.Task[Any]] = []
 
@@ -439,7 +461,18 @@ async def serve(settings: AgentSettings) -> int:
         gone = begin(agent.engine.gone.wait())
         await asyncio.wait({stopping, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not gone.done():
-            await asyncio.wait({begin(agent.drain()), gone}, return_when=asyncio.FIRST_COMPLETED)
+            draining, hurrying = begin(agent.drain()), begin(hurry.wait())
+            await asyncio.wait(
+                {draining, hurrying, gone},
+                timeout=settings.grace_period,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not draining.done() and not gone.done():
+                agent.cut_off(
+                    "it was told twice"
+                    if hurrying.done()
+                    else f"the grace_period of {settings.grace_period:g} seconds is over"
+                )
         if gone.done():
             raise agent.engine.failure or EngineDied("the engine is gone")
         agent.enter("drained")
@@ -449,7 +482,7 @@ async def serve(settings: AgentSettings) -> int:
         agent.enter("failed")
         if agent.engine.ready is not None:
             await asyncio.sleep(EXIT_DELAY)  # probes and clients get an answer, not a refused connection
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     finally:
         for task in tasks:
             task.cancel()

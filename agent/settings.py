@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ..engine.config import EngineConfig
@@ -66,6 +67,9 @@ class AgentSettings(BaseSettings):
         256, ge=0, description="requests that may wait beyond max_num_seqs; more get a 429"
     )
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body; more get a 413")
+    client_timeout: float = Field(
+        60.0, gt=0, description="seconds a client may take to send its body or to take what is sent to it"
+    )
     grace_period: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
 
     @property
@@ -93,9 +97,19 @@ class AgentSettings(BaseSettings):
         try:
             merged = WithFile(**flags)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"settings: {problems}") from None
+            raise ConfigError("; ".join(map(_problem, error.errors(include_url=False)))) from None
         return cls.model_construct(**{name: getattr(merged, name) for name in cls.model_fields})
+
+
+def _problem(error: ErrorDetails) -> str:
+    """One bad setting under all the names it can be set by."""
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{name} is not a setting; blockyard agent --help lists them all"
+    flag, variable = f"--{name.replace('_', '-')}", f"BLOCKYARD_{name.upper()}"
+    if error["type"] == "missing":
+        return f"{name} is not set; give {flag}, {variable}, or {name} in the --config file"
+    return f"{name} ({flag}, {variable}): {error['msg']} (got {error['input']!r})"
 
 
 def _read(file: Path) -> dict[str, Any]:

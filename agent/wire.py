@@ -1,18 +1,30 @@
-"""Messages as bytes: a length, then msgpack. The same on both ends of the socket."""
+"""Messages as bytes: a length, then msgpack. The same on both ends of the socket.
+
+Between messages the other end may go away: that is the end. Anything else is a ``WireError``.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import struct
+from collections.abc import AsyncIterator, Iterator
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
 from .messages import Command, Event
 
+T = TypeVar("T")
 LENGTH = struct.Struct("<I")
+MAX_BYTES = 1 << 28  # far above any real message; a length beyond is not ours
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)
 _events = msgspec.msgpack.Decoder(Event)
+
+
+class WireError(Exception):
+    """What came is no message of this protocol, or only a part of one."""
 
 
 def frame(message: Command | Event) -> bytes:
@@ -21,9 +33,44 @@ def frame(message: Command | Event) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def decode_command(body: bytes) -> Command:
-    return _commands.decode(body)  # type: ignore[no-any-return]
+def commands(stream: BinaryIO) -> Iterator[Command]:
+    """What the HTTP process sends, until it closes its end. WireError."""
+    while header := stream.read(LENGTH.size):
+        size = _size(header)
+        body = stream.read(size)
+        if len(body) < size:
+            raise WireError(f"a message ends after {len(body)} of {size} bytes")
+        yield _decode(_commands, body)
 
 
-def decode_event(body: bytes) -> Event:
-    return _events.decode(body)  # type: ignore[no-any-return]
+async def events(reader: asyncio.StreamReader) -> AsyncIterator[Event]:
+    """What the engine process sends, until its end is closed. WireError."""
+    while True:
+        try:
+            header = await reader.readexactly(LENGTH.size)
+        except asyncio.IncompleteReadError as end:
+            if not end.partial:
+                return
+            header = end.partial
+        size = _size(header)
+        try:
+            body = await reader.readexactly(size)
+        except asyncio.IncompleteReadError as end:
+            raise WireError(f"a message ends after {len(end.partial)} of {size} bytes") from None
+        yield _decode(_events, body)
+
+
+def _size(header: bytes) -> int:
+    if len(header) < LENGTH.size:
+        raise WireError(f"a length ends after {len(header)} of {LENGTH.size} bytes")
+    size = int(LENGTH.unpack(header)[0])
+    if size > MAX_BYTES:
+        raise WireError(f"a message of {size} bytes is announced; at most {MAX_BYTES} are possible")
+    return size
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
+    try:
+        return decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise WireError(f"this is no message: {error}") from None

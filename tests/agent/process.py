@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -12,11 +14,22 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 MODEL = "SmolLM2-135M-Instruct"
 START_TIMEOUT = 240.0  # seconds; generous, since the model may have to be prepared first
+
+
+def wait_for_end(pid: int, timeout: float = 60.0) -> None:
+    """Until a process that need not be a child of this one is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            assert select.select([descriptor], [], [], timeout)[0], f"process {pid} does not end"
+        finally:
+            os.close(descriptor)
 
 
 class AgentProcess:
@@ -64,11 +77,26 @@ class AgentProcess:
             return json.load(response)
 
     def code(self, path: str) -> int:
+        """The HTTP status of a GET; 0 if nobody answers."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=30) as response:
                 return int(response.status)
         except urllib.error.HTTPError as error:
             return error.code
+        except (urllib.error.URLError, ConnectionError):
+            return 0
+
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        """(HTTP status, answer) of a POST of bytes as they are, or of anything else as JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json", **(headers or {})}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
 
     def status_when(self, predicate: Any, *, timeout: float = 120.0) -> dict[str, Any]:
         """The first status for which ``predicate`` holds, by long polls."""
@@ -95,9 +123,34 @@ class AgentProcess:
         return status
 
     def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        children = self._children()
         assert len(children) == 1, children
-        return int(children[0])
+        return children[0]
+
+    def engine_pid_when_started(self) -> int:
+        """While it is loading. Nothing tells of a new child, so this asks again and again."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            for child in self._children():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                    if b"engine_process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        return child
+            assert self.process.poll() is None, self.errors()
+        raise AssertionError(self.errors())
+
+    def _children(self) -> list[int]:
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(child) for child in listed.split()]
+
+    @contextlib.contextmanager
+    def frozen_engine(self) -> Iterator[None]:
+        """Within it the engine is in the middle of a step that does not end."""
+        pid = self.engine_pid()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 60.0) -> int:
         """Send a signal and wait for the exit code."""
