@@ -60,6 +60,11 @@ def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def _padded(head_dim: int) -> int:
+    """The width of a tile of heads: a power of two, and what a tensor core takes at the least."""
+    return max(16, _power_of_two(head_dim))
+
+
 def _fitted(plan: Plan, row_bytes: int, device: Device) -> Plan:
     """The plan, with fewer keys a tile where shared memory would not hold its tiles."""
     buffers = plan.num_stages // 2 + (plan.block_m >= 64)  # warp-group products read K and V in place
@@ -84,7 +89,7 @@ def decode_plan(
     one long sequence among many short ones would otherwise run alone at the end (vLLM falls to half its
     speed there).
     """
-    row_bytes = _power_of_two(head_dim) * itemsize
+    row_bytes = _padded(head_dim) * itemsize
     block_m = 16 if itemsize == 4 else min(64, max(16, _power_of_two(group)))
     block_n = min(64, max(16, 16384 // row_bytes))
     stages = 3 if itemsize == 4 else 7 if row_bytes <= 128 else 5
@@ -105,7 +110,7 @@ def prefill_plan(
     Splits: only where the rows alone leave multiprocessors idle, as a short chunk after a long cached
     prefix does (vLLM without them: 40 times slower on 2 to 8 rows).
     """
-    block_d = _power_of_two(head_dim)
+    block_d = _padded(head_dim)
     rows = -(-tokens // max(1, sequences)) * group
     if itemsize == 4:
         plan = Plan(32 if block_d <= 64 else 16, 32 if block_d <= 128 else 16, 8, 3, 1)
@@ -482,7 +487,7 @@ def merge_partials(parts: list[Parts], dtype: torch.dtype) -> Tensor:
     for number, part in enumerate(others if rows else [], 1):
         last = number == len(others)
         target = (result, result, result) if last else _empty_parts(shape[:-1], head_dim, result.device)
-        block_d = _power_of_two(head_dim)
+        block_d = _padded(head_dim)
         block_r = max(1, 1024 // block_d)
         merge_pair_kernel[(triton.cdiv(rows, block_r),)](
             *(x.contiguous() for x in merged),
@@ -559,7 +564,7 @@ def launch_attention(
     rows = tokens if tail else min(tokens, last)  # a decode has at most one row
     split = plan.splits > 1
     target = _empty_parts((rows, heads, plan.splits), head_dim, q.device) if split else out
-    block_d = _power_of_two(head_dim)
+    block_d = _padded(head_dim)
     attention_kernel[(tiles, kv_heads * head_tiles, plan.splits)](
         q,
         kv,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from blockyard.kernels.batch import PagedBatch
 from torch import Tensor
@@ -62,6 +64,17 @@ def random_kv(
     """One layer of a pool of three: a strided view, as the engine passes it."""
     pool = torch.randn(num_blocks, 3, 2, kv_heads, block_tokens, head_dim, generator=generator)
     return pool.to(dtype).to(device)[:, 1]
+
+
+def poisoned(kv: Tensor, batch: PagedBatch) -> Tensor:
+    """The same layer with NaN in every slot that no context covers, and in the layers beside it."""
+    clean = torch.full((kv.shape[0], 3, *kv.shape[1:]), math.nan, dtype=kv.dtype, device=kv.device)[:, 1]
+    block_tokens = kv.shape[3]
+    for row, length in zip(batch.rows.tolist(), batch.context_lens.tolist(), strict=True):
+        for index, block in enumerate(batch.block_tables[row, : -(-length // block_tokens)].tolist()):
+            used = min(block_tokens, length - index * block_tokens)
+            clean[block, :, :, :used] = kv[block, :, :, :used]
+    return clean
 
 
 SHAPES: list[tuple[list[int], list[int]]] = [

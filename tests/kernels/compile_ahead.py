@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """Compiles every Triton kernel for one GPU architecture on a machine that need not have it.
 
 Run as a program: ``compile_ahead.py CAPABILITY`` prints one JSON line a compiled kernel. The public
@@ -48,7 +49,8 @@ def compile_instead_of_launching(capability: int) -> None:
     """From here on ``kernel[grid](...)`` compiles, once a specialisation, and prints what came out."""
     driver.set_active(TargetDriver(capability))
     device = DEVICES[capability]
-    triton_attention.device_of = lambda _: device  # type: ignore[attr-defined]
+    attention_launches: Any = triton_attention
+    attention_launches.device_of = lambda _: device
     seen: set[str] = set()
 
     def launch(self: Any, grid: tuple[int, ...]) -> Any:
@@ -73,7 +75,8 @@ def compile_instead_of_launching(capability: int) -> None:
 
         return compiled
 
-    JITFunction.__getitem__ = launch  # type: ignore[method-assign]
+    launches: Any = JITFunction
+    launches.__getitem__ = launch
 
 
 def batch_of(queries: list[int], decodes: int) -> PagedBatch:
@@ -114,6 +117,9 @@ def everything() -> None:
     attention(half, 32, 32, 80, 8, [1, 700])  # Phi-2
     attention(half, 71, 1, 64, 16, [1, 900])  # Falcon-7B
     attention(full, 4, 4, 128, 16, [1, 2])
+    attention(half, 8, 2, 96, 32, [1, 40])  # Phi-3's head dim
+    attention(full, 6, 3, 8, 16, [1, 40])  # narrower than a tensor core takes, as tests' models are
+    attention(half, 6, 3, 8, 16, [1, 40])
     q = torch.empty(10, 32, 128, dtype=brain)
     kv = torch.empty(4, 2, 8, 16, 128, dtype=brain)
     for causal, queries in itertools.product((True, False), ([1] * 10, [5, 5])):

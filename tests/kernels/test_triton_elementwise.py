@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -175,7 +176,13 @@ def test_copy_blocks(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: py
 
 def test_copy_blocks_that_are_views() -> None:
     """Slabs with gaps between them are the kernel's; slabs with gaps inside go through torch."""
-    for make in (lambda x: x[:, :2], lambda x: x[::2], lambda x: x[1:], lambda x: x[..., ::2]):
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x[:, :2],
+        lambda x: x[::2],
+        lambda x: x[1:],
+        lambda x: x[..., ::2],
+    ]
+    for make in views:
         ours, theirs = (random(17, 8, 3, 4, 6) for _ in range(2))
         target, expected = random(18, 8, 3, 4, 6), random(18, 8, 3, 4, 6)
         pairs = torch.tensor([[0, 1], [3, 0]])
