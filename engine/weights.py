@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def weight_files(directory: Path) -> list[Path]:
     elif index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{index} is not an index of weights ({error!r}); fetch the model again"
             ) from None
@@ -152,7 +153,10 @@ def read_entries(directory: Path) -> dict[str, Entry]:
                 begin, end = (8 + size + int(offset) for offset in facts["data_offsets"])
                 if not 8 + size <= begin <= end <= length:
                     raise ValueError(f"tensor {name!r} lies outside of its {length} bytes")
-                entries[name] = Entry(path, str(facts["dtype"]), tuple(facts["shape"]), begin, end)
+                dtype, shape = str(facts["dtype"]), tuple(int(size) for size in facts["shape"])
+                if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+                    raise ValueError(f"tensor {name!r} of {list(shape)} {dtype} in {end - begin} bytes")
+                entries[name] = Entry(path, dtype, shape, begin, end)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is damaged or no safetensors file ({error}); fetch the model again"
