@@ -55,6 +55,7 @@ def main(fd: int, config: EngineConfig) -> int:
     gc.collect()
     gc.freeze()
     try:
+        _send(connection, Stats(engine.stats()))  # first, so that a ready agent never reports an empty pool
         _send(connection, Ready(**{name: getattr(engine.info, name) for name in Ready.__struct_fields__}))
         _Loop(engine, connection, commands).run()
         return 0

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncGenerator
@@ -51,6 +52,7 @@ MAX_STATUS_WAIT = 60.0  # seconds a long poll may last
 MAX_TENANT = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 LARGE_TEXT = 1 << 16  # characters above which tokenizing leaves the event loop
+SEND_BUFFER = 1 << 16  # bytes the system may hold for a client; few, so that a stalled one is noticed soon
 EXIT_DELAY = 1.0  # seconds in which clients and probes can still learn why the server goes
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -318,6 +320,9 @@ class Agent:
                     "x-request-id": request["id"],
                 }
             )
+            connection = request.get_extra_info("socket")
+            if connection is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             await response.prepare(request)
             limit = self.settings.client_timeout
             while data is not None:

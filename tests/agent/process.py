@@ -38,7 +38,9 @@ class AgentProcess:
     def __init__(self, folder: Path, *flags: str, wait: bool = True, model: str = MODEL) -> None:
         self.log = folder / "agent.log"
         self._output = self.log.open("wb")
-        command = [sys.executable, "-m", "blockyard.cli", "agent", "--model", model, "--port", "0", *flags]
+        # One thread: where other work shares the cores, threads that wait for each other wait for that too.
+        command = [sys.executable, "-m", "blockyard.cli", "agent", "--model", model, "--port", "0"]
+        command += ["--threads", "1", *flags]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._output, env={**os.environ, "PYTHONUNBUFFERED": "1"}
         )
@@ -69,7 +71,6 @@ class AgentProcess:
         return self.url
 
     def errors(self) -> str:
-        self._output.flush()
         return self.log.read_text(errors="replace") + "".join(self._lines)
 
     def get(self, path: str, *, timeout: float = 90.0) -> Any:

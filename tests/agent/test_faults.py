@@ -217,7 +217,7 @@ def test_more_prompts_than_the_server_holds_are_the_requests_fault(small: AgentP
     assert (status, error["param"]) == (400, "prompt")
     assert "holds 5 at once" in error["message"]
     status, answer = small.post("/v1/completions", ask(1, n=3))
-    assert (status, error_of(answer)["param"]) == (400, "n")
+    assert (status, error_of(answer)["param"]) == (400, "best_of")
 
 
 def test_two_hundred_clients_that_disconnect_leave_no_block_behind(agent: AgentProcess) -> None:
