@@ -185,7 +185,7 @@ class Model:
         """This rank's rows of the output matrix, zero-padded so that all ranks have as many."""
         config, rows = self.config, self.shard.vocab
         begin = self._comm.rank * rows
-        if config.tie_embeddings or "lm_head.weight" not in weights:
+        if config.tie_embeddings:
             part = self._embedding[begin : begin + rows]
         else:
             shape = (config.vocab_size, config.hidden_size)

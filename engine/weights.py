@@ -58,9 +58,6 @@ class Weights:
             file.close()
         self._files.clear()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
     @property
     def unread(self) -> list[str]:
         """Names of tensors that nobody asked for, sorted."""

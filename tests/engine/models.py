@@ -28,6 +28,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -37,6 +43,21 @@ FAMILIES = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
     ),
+    "qwen2-rope-yarn": ("Qwen2Config", {"rope_parameters": YARN}),
+    "llama-rope-yarn-all-set": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                **YARN,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "mscale": 1.5,
+                "mscale_all_dim": 0.8,
+                "truncate": False,
+            }
+        },
+    ),
+    "llama-rope-yarn-factor": ("LlamaConfig", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
     "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2Config", {"num_key_value_heads": 6}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),

@@ -174,7 +174,10 @@ def test_the_layout_digest_depends_on_content_alone(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported are"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rotates 0.5 of each head"),
+        ({"num_key_value_heads": 4}, "6 heads and 4 KV heads"),
+        ({"vocab_size": "many"}, "cannot be understood"),
     ],
 )
 def test_unsupported_models_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -189,7 +192,7 @@ def test_settings_that_cannot_work_name_themselves(tmp_path: Path) -> None:
     path = str(make_model("llama", tmp_path))
     for settings, message in (
         ({"kv_blocks": 10**9}, "lower kv_blocks"),
-        ({"kv_bytes": 1}, "kv_bytes leaves room for 0"),
+        ({"kv_bytes": 1}, "kv_bytes leaves no room for a single KV block of [0-9]+ bytes"),
         ({"max_model_len": 513}, "max_model_len is 513"),
         ({"max_batch_tokens": -1}, "max_batch_tokens"),
         ({"tensor_parallel": 0}, "tensor_parallel is 0"),
