@@ -11,7 +11,7 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from ..engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SEED, SamplingParams, Structure
 
@@ -390,11 +390,7 @@ def parse(model: type[T], body: bytes) -> T:
 
 
 def _bad_field(error: ValidationError) -> BadRequest:
-    # Of a union, report the branch that came furthest: its path is the longest, or its type was right.
-    first = max(
-        error.errors(include_url=False),
-        key=lambda entry: (len(entry["loc"]), not entry["type"].endswith("_type")),
-    )
+    first = max(error.errors(include_url=False), key=_progress)
     parts = [str(part) for part in first["loc"] if not _is_branch(part)]
     if first["type"] == "unknown_field":
         path = ".".join([*parts, _shorten_text(first["ctx"]["name"])])
@@ -414,9 +410,16 @@ def _bad_field(error: ValidationError) -> BadRequest:
     return BadRequest(f"{path}: {first['msg']}{got}", param=path)
 
 
+def _progress(error: ErrorDetails) -> tuple[bool, int, int]:
+    """Of a union, report the branch that came furthest: the type was right, or most of the items were."""
+    path = error["loc"]
+    index = path[-1] if path and isinstance(path[-1], int) else 0
+    return not error["type"].endswith("_type"), len(path), index
+
+
 def _is_branch(part: str | int) -> bool:
     """Union branches show up in pydantic's paths under their type's name."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "none"))
+    return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str", "none"))
 
 
 def _shorten(value: object) -> str:

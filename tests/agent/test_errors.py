@@ -147,9 +147,11 @@ def test_a_bad_field_is_named_with_its_limit(
     ("prompt", "says"),
     [
         (None, "a string, a list of strings, a list of token ids"),
-        ([], "none of them empty"),
+        ([], "at least 1 item"),
         ([[]], "at least 1"),
-        ([1, "a"], "valid"),
+        ([1, "a"], "prompt.1: Input should be a valid integer (got 'a')"),
+        (["a", "b", 7], "prompt.2: Input should be a valid string (got 7)"),
+        ([[1], [2, "a"]], "prompt.1.1: Input should be a valid integer (got 'a')"),
         ([-1], "greater than or equal to 0"),
         ([2**40], "less than or equal to"),
         ([49152], "tokens are 0 to 49151"),

@@ -76,7 +76,7 @@ def test_the_report_follows_a_request(idle: AgentProcess) -> None:
 def test_the_queue_is_reported(idle: AgentProcess) -> None:
     async def run() -> None:
         async with session() as client:
-            streams = [await stream(client, idle.url, ask(LONG, n=8)) for _ in range(2)]
+            streams = [await stream(client, idle.url, ask(400, n=8)) for _ in range(2)]
             queued = [asyncio.create_task(complete(client, idle.url, ask(1))) for _ in range(3)]
             status = await status_when(idle, lambda s: s["waiting"] == 3)
             assert (status["running"], status["in_flight"]) == (2, 5)
@@ -173,7 +173,7 @@ def test_a_lower_priority_value_is_served_sooner(idle: AgentProcess) -> None:
                 assert (await complete(client, idle.url, body))[0] == 200
                 order.append(priority)
 
-            blocker = await stream(client, idle.url, ask(LONG, n=16))
+            blocker = await stream(client, idle.url, ask(400, n=16))
             tasks = []
             for count, priority in enumerate((5, 0, -5), start=2):
                 tasks.append(asyncio.create_task(one(priority)))
