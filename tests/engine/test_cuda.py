@@ -1,4 +1,4 @@
-"""The engine on CUDA: the ids of transformers and of the CPU, with graphs and without, sizes, swap, no memory.
+"""The engine on CUDA: the ids of transformers and of the CPU, graphs, sizes, swap, and too little memory.
 
 Without a CUDA device all of it is skipped. ``BLOCKYARD_TEST_DEVICE=cpu`` runs what is not CUDA's alone on the
 CPU, which is for trying these tests themselves.
@@ -7,7 +7,6 @@ CPU, which is for trying these tests themselves.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def load(path: Path, **settings: Any) -> Engine:
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of sequences of each step that a graph carried out."""
     counts: list[int] = []
     replay = Graphs.replay
@@ -49,11 +48,11 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return replay(self, step)
 
     monkeypatch.setattr(Graphs, "replay", counted)
-    yield counts
+    return counts
 
 
 def generate(reference: Any, prompt: list[int], max_tokens: int) -> list[int]:
-    """Greedy ids by transformers on the reference's device, one at a time by whole passes: no cache, no tricks."""
+    """Greedy ids by transformers on the reference's device, each by a whole pass: no cache, no tricks."""
     ids = list(prompt)
     with torch.inference_mode():
         for _ in range(max_tokens):
@@ -84,10 +83,10 @@ def test_ids_equal_transformers_and_the_cpu_with_graphs_and_without(
 def test_a_graph_serves_every_batch_size_and_other_sequences_later(
     tmp_path: Path, replayed: list[int]
 ) -> None:
-    """Requests of all lengths end one by one, so that batches shrink through all graphs; then all once more."""
+    """All start in one step and end one by one, so that batches shrink through all graphs; then once more."""
     path = make_model("qwen3", tmp_path)
-    engine = load(path, max_num_seqs=9, prefix_cache=False)
-    plain = load(path, max_num_seqs=9, prefix_cache=False, cuda_graphs=False)
+    settings: dict[str, Any] = {"max_num_seqs": 9, "max_batch_tokens": 1000, "prefix_cache": False}
+    engine, plain = load(path, **settings), load(path, **settings, cuda_graphs=False)
     prompts = random_prompts(9, 160)
     lengths = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(9)]
     for _ in range(2):
@@ -141,9 +140,8 @@ def test_half_precision_is_as_exact_as_transformers(family: str, dtype: str, tmp
     reference = load_reference(path).to(DEVICE)
     exact = logprobs(reference)
     theirs = logprobs(reference.to(getattr(torch, dtype)))
-    errors = [
-        (x - exact).square().mean().sqrt().item() for x in (torch.tensor(sum(ours, [])).double(), theirs)
-    ]
+    mine = [value for values in ours for value in values]
+    errors = [(x - exact).square().mean().sqrt().item() for x in (torch.tensor(mine).double(), theirs)]
     assert 0 < errors[0] < 2 * errors[1], errors
 
 
@@ -184,7 +182,7 @@ def test_the_pool_is_sized_by_memory_fraction(tmp_path: Path) -> None:
     path, total = large_blocks(tmp_path), torch.cuda.mem_get_info()[1]
     taken = []
     for fraction in (0.5, 0.7):
-        engine = load(path, kv_blocks=None, memory_fraction=fraction, max_num_seqs=64)
+        engine = load(path, kv_blocks=None, memory_fraction=fraction, max_num_seqs=512, cuda_graphs=False)
         taken.append(engine.info.kv_blocks * engine.info.block_bytes / total)
         free = torch.cuda.mem_get_info()[0] / total
         assert free > 1 - fraction - 0.02, "more than memory_fraction of the device is in use"
@@ -199,12 +197,12 @@ def test_out_of_memory_names_the_settings(tmp_path: Path) -> None:
     free, total = torch.cuda.mem_get_info()
     with pytest.raises(ConfigError, match=r"are free on cuda:0; lower kv_blocks"):
         load(path, kv_blocks=2 * total // 2**16)
-    with pytest.raises(ConfigError, match=r"memory_fraction leaves no room.*Raise memory_fraction"):
+    with pytest.raises(ConfigError, match=r"(?s)memory_fraction leaves no room.*Raise memory_fraction"):
         load(path, kv_blocks=None, memory_fraction=1e-6)
     torch.cuda.set_per_process_memory_fraction(0.05)  # what others take between the measuring and the taking
     try:
         with pytest.raises(
-            ConfigError, match=r"out of memory while loading .* with kv_bytes=.*Lower kv_blocks"
+            ConfigError, match=r"(?s)out of memory while loading .* with kv_bytes=.*Lower kv_blocks"
         ):
             load(path, kv_blocks=None, kv_bytes=free // 2)
     finally:
