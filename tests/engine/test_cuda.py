@@ -65,7 +65,8 @@ def test_ids_equal_transformers_and_the_cpu_with_graphs_and_without(
     family: str, tmp_path: Path, replayed: list[int]
 ) -> None:
     path = make_model(family, tmp_path)
-    reference = load_reference(path).to(DEVICE)
+    reference: Any = load_reference(path)
+    reference.to(DEVICE)
     prompts = random_prompts(9, 160)  # decodes of 9, which no graph has, and fewer as they end
     expected = [generate(reference, prompt, 24) for prompt in prompts]
     for graphs in (True, False):
@@ -137,7 +138,8 @@ def test_half_precision_is_as_exact_as_transformers(family: str, dtype: str, tmp
                 )
         return torch.cat(rows).flatten().cpu()
 
-    reference = load_reference(path).to(DEVICE)
+    reference: Any = load_reference(path)
+    reference.to(DEVICE)
     exact = logprobs(reference)
     theirs = logprobs(reference.to(getattr(torch, dtype)))
     mine = [value for values in ours for value in values]
