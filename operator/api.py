@@ -1,238 +1,458 @@
-"""The custom resources as pydantic models: the single source of crds/, of defaults, and of what the code reads.
+"""The custom resources as pydantic models: the one source of crds/, of defaults and of what the code reads.
 
-Field descriptions are what ``kubectl explain`` shows. Rules that one object alone can decide are CEL, so that
-the API server refuses what cannot work; what needs the cluster to be judged becomes a condition. No floats:
-shares are whole percentages, sizes are quantities.
+Descriptions and docstrings are what ``kubectl explain`` shows. A rule that one object alone can decide stands
+in ``RULES`` twice: as CEL, by which the API server refuses what cannot work, and as Python, by which the
+local runtime and an operator behind older CRDs refuse the same. What needs the cluster to be judged becomes a
+condition. No floats: shares are whole percentages, sizes are quantities.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 GROUP = "serving.blockyard.dev"
 VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+LONGEST_NAME = 50  # of an LLMService: its children's names add up to 9 characters, and 63 is the limit
+_INT32 = 2**31 - 1
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 Percent = Annotated[int, Field(ge=0, le=100)]
-Name = Annotated[str, Field(min_length=1, max_length=253)]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$", max_length=32)]
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+]
+Path = Annotated[str, StringConstraints(min_length=2, max_length=512, pattern=r"^/[^:]*$")]
+Quantity = Annotated[
+    str, StringConstraints(max_length=32, pattern=r"^[0-9]{1,12}(\.[0-9]{1,3})?(Ki|Mi|Gi|Ti|k|M|G|T)?$")
+]
 
 
-def rule(expression: str, message: str, field: str | None = None) -> dict[str, str]:
-    """One CEL rule of a schema: what must hold, what is said if it does not, and of which field."""
-    found = {"rule": expression, "message": message}
-    return found if field is None else {**found, "fieldPath": field}
+def bytes_of(quantity: str) -> int:
+    """A Quantity in bytes."""
+    number = quantity.rstrip("kMGTi")
+    return int(float(number) * _UNITS[quantity[len(number) :]])
 
 
-def rules(*found: dict[str, str]) -> ConfigDict:
-    """A model's configuration with CEL rules over the object that it describes."""
-    return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(found)})
+class Rule(NamedTuple):
+    """What must hold of an object: in CEL and in Python, what is said if it does not, and of which field."""
+
+    cel: str
+    holds: Callable[[Any], bool]
+    message: str
+    field: str
+
+    def schema(self) -> JsonSchemaValue:
+        return {"rule": self.cel, "message": self.message, "fieldPath": f".{self.field}"}
+
+
+def _immutable(what: str, allowed: str = "self == oldSelf") -> JsonSchemaValue:
+    """A rule over two versions of a field, which the API server alone can check."""
+    return {"x-kubernetes-validations": [{"rule": allowed, "message": what}]}
 
 
 class Resource(BaseModel):
     """camelCase outside, snake_case inside; unknown fields are the API server's business (it prunes them)."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
+    RULES: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for rule in self.RULES:
+            if not rule.holds(self):
+                raise PydanticCustomError("rule", "{message}", {"message": rule.message})
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        if cls.RULES:
+            found = handler.resolve_ref_schema(schema)
+            found["x-kubernetes-validations"] = [rule.schema() for rule in cls.RULES]
+        return schema
 
 
-# ── LLMService: what is wanted ────────────────────────────────────────────────────────────────────
+# ── LLMService: what is wanted ────────────────────────────────────────────────────────────────────────────
 
 
-class HubModel(Resource):
-    name: Name = Field(description="Hub name owner/name, or a packaged name such as SmolLM2-135M-Instruct.")
-    secret_name: Name | None = Field(None, description="Secret with the key token, sent to the hub.")
-
-
-class ClaimModel(Resource):
-    claim_name: Name = Field(description="PersistentVolumeClaim that holds the model; mounted read-only.")
-    path: str = Field("", max_length=512, description="Folder or .gguf file inside the claim.")
-
-
-class HostPathModel(Resource):
-    path: str = Field(
-        min_length=2, max_length=512, pattern="^/", description="Folder or .gguf file on the node; mounted read-only."
+class _InFolder(Resource):
+    RULES = (
+        Rule(
+            "!self.path.startsWith('/') && !self.path.split('/').exists(part, part == '..')",
+            lambda self: not self.path.startswith("/") and ".." not in self.path.split("/"),
+            "path must be relative and must not lead out with ..",
+            "path",
+        ),
     )
 
 
-class ImageModel(Resource):
+class HubModel(Resource):
+    """A model on a hub, or one that is packaged."""
+
+    name: Annotated[
+        str,
+        StringConstraints(
+            min_length=1,
+            max_length=253,
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        ),
+    ] = Field(description="Hub name owner/name, or a packaged name such as SmolLM2-135M-Instruct.")
+    secret_name: Name | None = Field(
+        default=None, description="Secret with the key token, which is sent to the hub."
+    )
+
+
+class ClaimModel(_InFolder):
+    """A model on a PersistentVolumeClaim, which is mounted read-only."""
+
+    claim_name: Name = Field(description="PersistentVolumeClaim in the same namespace.")
+    path: str = Field(default="", max_length=512, description="Folder or .gguf file inside the claim.")
+
+
+class HostPathModel(Resource):
+    """A model that is on the node already; mounted read-only."""
+
+    path: Path = Field(description="Folder of a model on the node.")
+
+
+class ImageModel(_InFolder):
+    """A model whose files are an OCI image; mounted as an image volume, which needs Kubernetes 1.33."""
+
     reference: str = Field(min_length=1, max_length=512, description="OCI image whose files are the model.")
-    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    path: str = Field("", max_length=512, description="Folder or .gguf file inside the image.")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="When the image is pulled."
+    )
+    path: str = Field(default="", max_length=512, description="Folder or .gguf file inside the image.")
 
 
 class ModelSpec(Resource):
     """Where the weights come from (exactly one source) and what clients call the model."""
 
-    model_config = rules(
-        rule(
+    RULES = (
+        Rule(
             "[has(self.hub), has(self.persistentVolumeClaim), has(self.hostPath), has(self.image)]"
-            ".filter(x, x).size() == 1",
+            ".filter(given, given).size() == 1",
+            lambda self: (
+                [self.hub, self.persistent_volume_claim, self.host_path, self.image].count(None) == 3
+            ),
             "exactly one of hub, persistentVolumeClaim, hostPath and image must be set",
-        )
+            "hub",
+        ),
+        Rule(
+            "!has(self.cacheHostPath) || has(self.hub)",
+            lambda self: self.cache_host_path is None or self.hub is not None,
+            "cacheHostPath keeps what is fetched from a hub: set hub, or leave it out",
+            "cacheHostPath",
+        ),
     )
 
-    hub: HubModel | None = Field(None, description="Fetched by each agent; kept on the node if cacheHostPath is set.")
+    hub: HubModel | None = Field(
+        default=None, description="Fetched by each agent; kept on the node if cacheHostPath is set."
+    )
     persistent_volume_claim: ClaimModel | None = None
     host_path: HostPathModel | None = None
-    image: ImageModel | None = Field(None, description="Mounted as an image volume; needs Kubernetes 1.33 or newer.")
+    image: ImageModel | None = None
     served_name: str | None = Field(
-        None, min_length=1, max_length=128, description="The name that clients use; the LLMService's name if unset."
+        default=None,
+        min_length=1,
+        max_length=128,
+        description="The name that clients use; the LLMService's name if unset.",
     )
-    cache_host_path: str | None = Field(
-        None, max_length=512, pattern="^/", description="Folder on the node in which fetched models are kept and reused."
+    cache_host_path: Path | None = Field(
+        default=None,
+        description="Folder on the node in which fetched models are kept and reused, writable by user 1000.",
     )
     heads: int | None = Field(
-        None, ge=1, le=4096, description="Attention heads, if known: lets tensorParallel be checked at admission."
+        default=None,
+        ge=1,
+        le=4096,
+        description="Attention heads, if known: lets tensorParallel be checked at admission.",
     )
 
 
 class EngineSpec(Resource):
     """How each agent computes."""
 
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    max_model_len: int | None = Field(None, ge=1, description="Longest prompt and answer together, in tokens.")
-    max_sequences: int | None = Field(None, ge=1, le=4096, description="Sequences decoded at once by one agent.")
-    max_batch_tokens: int | None = Field(None, ge=1, description="Tokens of one step, prefill and decode together.")
-    max_queue: int = Field(256, ge=0, le=100000, description="Requests that wait in one agent; more get a 429.")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of one agent.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="Of weights and KV; auto is float32 on CPUs and the model's own on GPUs."
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, le=_INT32, description="Longest prompt and answer together, in tokens."
+    )
+    max_sequences: int | None = Field(
+        default=None, ge=1, le=4096, description="Sequences decoded at once by one agent."
+    )
+    max_batch_tokens: int | None = Field(
+        default=None, ge=1, le=_INT32, description="Tokens of one step, prefill and decode together."
+    )
+    max_queue: int = Field(
+        default=256, ge=0, le=100_000, description="Requests that wait in one agent; more get a 429."
+    )
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of one agent.")
+    cuda_graphs: bool = Field(default=True, description="Replay decode steps as CUDA graphs.")
 
 
 class KVSpec(Resource):
-    """The block pool of each agent. Immutable where a change would make blocks unexchangeable within a rollout."""
+    """The block pool of each agent."""
 
-    block_tokens: Literal[8, 16, 32, 64] = Field(16, description="Tokens in a KV block.")
-    memory_percent: Percent = Field(90, description="Share of the device's memory to use when the pool is measured.")
-    blocks: int | None = Field(None, ge=1, description="Blocks of the pool; measured if unset.")
-    host_blocks: int = Field(0, ge=0, description="Blocks in host memory, for preemption by swap.")
-    prefix_cache: bool = Field(True, description="Keep finished blocks and reuse equal beginnings.")
-    preemption: Literal["Recompute", "Swap"] = "Recompute"
-    watermark_percent: Percent = Field(1, description="Share of the pool kept free when requests are admitted.")
+    RULES = (
+        Rule(
+            "!has(self.blocks) || !has(self.memory)",
+            lambda self: self.blocks is None or self.memory is None,
+            "blocks and memory both set the size of the pool: set one of them",
+            "memory",
+        ),
+        Rule(
+            "self.preemption != 'Swap' || self.hostBlocks > 0",
+            lambda self: self.preemption != "Swap" or self.host_blocks > 0,
+            "preemption Swap needs hostBlocks of at least 1",
+            "hostBlocks",
+        ),
+    )
+
+    block_tokens: Literal[8, 16, 32, 64] = Field(
+        default=16, description="Tokens in a KV block. Only blocks of equal size can move between agents."
+    )
+    memory_percent: int = Field(
+        default=90, ge=1, le=100, description="Share of the device's memory to use when the pool is measured."
+    )
+    memory: Quantity | None = Field(
+        default=None, description="Size of the pool, such as 20Gi; measured if neither this nor blocks."
+    )
+    blocks: int | None = Field(
+        default=None, ge=1, le=_INT32, description="Blocks of the pool; measured if neither this nor memory."
+    )
+    host_blocks: int = Field(
+        default=0, ge=0, le=_INT32, description="Blocks in host memory, for preemption by swap."
+    )
+    prefix_cache: bool = Field(
+        default=True, description="Keep finished blocks and reuse equal beginnings of prompts."
+    )
+    preemption: Literal["Recompute", "Swap"] = Field(
+        default="Recompute", description="What happens to the KV of a request when the pool is full."
+    )
+    watermark_percent: int = Field(
+        default=1, ge=0, le=99, description="Share of the pool kept free when requests are admitted."
+    )
 
 
 class BalanceSpec(Resource):
     """When KV moves between agents."""
 
-    model_config = rules(
-        rule(
+    RULES = (
+        Rule(
             "self.lowWatermarkPercent < self.highWatermarkPercent",
+            lambda self: self.low_watermark_percent < self.high_watermark_percent,
             "lowWatermarkPercent must be below highWatermarkPercent",
-        )
+            "lowWatermarkPercent",
+        ),
     )
 
-    mode: Literal["Auto", "Advise", "Off"] = Field("Advise", description="Advise proposes moves and carries none out.")
-    low_watermark_percent: Percent = Field(50, description="An agent with less of its pool in use has blocks to spare.")
-    high_watermark_percent: Percent = Field(85, description="An agent with more of its pool in use is short of blocks.")
-    max_concurrent_moves: int = Field(2, ge=0, le=64)
+    mode: Literal["Auto", "Advise", "Off"] = Field(
+        default="Advise",
+        description="Auto carries moves out, Advise proposes them and waits for approval, Off proposes none.",
+    )
+    low_watermark_percent: Percent = Field(
+        default=50, description="An agent with less of its pool in use has blocks to spare."
+    )
+    high_watermark_percent: Percent = Field(
+        default=85, description="An agent with more of its pool in use is short of blocks."
+    )
+    max_concurrent_moves: int = Field(default=2, ge=0, le=64, description="Moves that run at once.")
 
 
 class DrainSpec(Resource):
+    """How agents leave: at scale-in, in a rollout, off a cordoned node, and when the service is deleted."""
+
     timeout_seconds: int = Field(
-        300, ge=0, le=86400, description="Running requests get so long before the gateway replays them elsewhere."
+        default=300,
+        ge=0,
+        le=86400,
+        description="Running requests get so long to end before they are replayed by another agent.",
     )
 
 
 class RolloutSpec(Resource):
-    max_surge: int = Field(1, ge=1, le=100, description="Agents beyond replicas while pods are replaced.")
+    """How agents are replaced: a new one first, then the old one is drained."""
+
+    max_surge: int = Field(default=1, ge=1, le=100, description="Agents beyond replicas meanwhile.")
 
 
 class LimitsSpec(Resource):
-    """What one tenant may ask of one gateway."""
+    """What one tenant may ask of one gateway pod."""
 
-    requests_per_minute: int | None = Field(None, ge=1)
-    concurrent_requests: int | None = Field(None, ge=1)
-
-
-class GatewaySpec(Resource):
-    replicas: int = Field(1, ge=0, le=100, description="0: no gateway; clients use the agents' Service.")
-    service_type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
-    port: int = Field(80, ge=1, le=65535, description="Port of the Service that clients use.")
-    limits: LimitsSpec = Field(default_factory=LimitsSpec)
-    template: PodTemplate | None = Field(None, description="Merged into the gateway's pods.")
-
-
-class AuthSpec(Resource):
-    secret_name: Name = Field(description="Secret whose keys are tenants and whose values are their API keys.")
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="No limit if unset."
+    )
+    concurrent_requests: int | None = Field(default=None, ge=1, le=100_000, description="No limit if unset.")
 
 
 class Metadata(Resource):
-    labels: dict[str, str] = Field(default_factory=dict)
-    annotations: dict[str, str] = Field(default_factory=dict)
+    """Labels and annotations to add; the operator's own cannot be changed."""
+
+    labels: dict[str, str] = Field(default_factory=dict, description="Added to the pods' labels.")
+    annotations: dict[str, str] = Field(default_factory=dict, description="Added to the pods' annotations.")
 
 
 class PodTemplate(Resource):
-    """A partial pod, merged strategically into the one that the operator makes."""
+    """A partial pod, merged strategically (as kubectl patch does) into the one that the operator makes."""
 
     metadata: Metadata = Field(default_factory=Metadata)
     spec: dict[str, Any] = Field(
         default_factory=dict,
-        description="Part of a PodSpec: nodeSelector, tolerations, resources of the container agent, volumes, ...",
+        description=(
+            "Part of a PodSpec: nodeSelector, tolerations, priorityClassName, imagePullSecrets, volumes, "
+            "containers with the name agent (or gateway) and resources, env, volumeMounts, ... Lists are "
+            "merged by name; a list entry with $patch: delete goes away."
+        ),
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
 
 
+class GatewaySpec(Resource):
+    """The stateless front door that picks an agent for each request."""
+
+    replicas: int = Field(
+        default=1,
+        ge=0,
+        le=100,
+        description="Pods of the gateway. 0: none; the Service leads to the agents, and clients authenticate "
+        "with the token in Secret NAME-internal.",
+    )
+    service_type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
+        default="ClusterIP", description="Type of the Service that clients use."
+    )
+    port: int = Field(default=80, ge=1, le=65535, description="Port of the Service that clients use.")
+    limits: LimitsSpec = Field(default_factory=LimitsSpec)
+    template: PodTemplate | None = Field(default=None, description="Merged into the gateway's pods.")
+
+
+class AuthSpec(Resource):
+    """Who may ask."""
+
+    secret_name: Name = Field(
+        description="Secret whose keys are tenants' names and whose values are their API keys, one a line."
+    )
+
+
 class MonitoringSpec(Resource):
-    service_monitor: bool = Field(False, description="Make a ServiceMonitor; needs the Prometheus operator's CRDs.")
+    """What is made for monitoring."""
+
+    service_monitor: bool = Field(
+        default=False, description="Make a ServiceMonitor; needs the Prometheus operator's CRDs."
+    )
 
 
 class LLMServiceSpec(Resource):
-    model_config = rules(
-        rule(
+    """An LLM served by a number of equal agents."""
+
+    RULES = (
+        Rule(
             "!has(self.model.heads) || self.model.heads % self.tensorParallel == 0",
-            "tensorParallel must divide the model's heads",
+            lambda self: self.model.heads is None or self.model.heads % self.tensor_parallel == 0,
+            "tensorParallel must divide model.heads",
+            "tensorParallel",
         ),
-        rule("!(self.device == 'cpu' && self.tensorParallel > 8)", "on CPUs tensorParallel is at most 8"),
-        rule(
-            "self.kv.preemption != 'Swap' || self.kv.hostBlocks > 0",
-            "preemption Swap needs kv.hostBlocks of at least 1",
+        Rule(
+            "self.device != 'cpu' || self.tensorParallel <= 8",
+            lambda self: self.device != "cpu" or self.tensor_parallel <= 8,
+            "tensorParallel is at most 8 on device cpu",
+            "tensorParallel",
+        ),
+        Rule(
+            "self.gateway.replicas > 0 || !has(self.auth)",
+            lambda self: self.gateway.replicas > 0 or self.auth is None,
+            "API keys are checked by the gateway: auth needs gateway.replicas of at least 1",
+            "auth",
         ),
     )
 
     model: ModelSpec
-    replicas: int = Field(1, ge=0, le=1000, description="Agents. kubectl scale and autoscalers set it.")
-    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs of one agent, which share the model.")
-    device: Literal["cuda", "cpu"] = Field(
-        "cuda",
-        description="Where agents compute. Immutable.",
-        json_schema_extra={"x-kubernetes-validations": [rule("self == oldSelf", "device is immutable")]},
+    replicas: int = Field(
+        default=1, ge=0, le=1000, description="Agents. kubectl scale and autoscalers set it."
     )
-    gpu_resource: str = Field("nvidia.com/gpu", max_length=253, description="Extended resource of one GPU.")
-    image: str | None = Field(None, max_length=512, description="Image of agents and gateway; the operator's default.")
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=64, description="GPUs of one agent, which share the model."
+    )
+    device: Literal["cuda", "cpu"] = Field(
+        default="cuda",
+        description="Where agents compute. Immutable.",
+        json_schema_extra=_immutable("device is immutable: make another LLMService"),
+    )
+    gpu_resource: str = Field(
+        default="nvidia.com/gpu",
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9._]*[A-Za-z0-9])?$",
+        description="Extended resource of one GPU; nvidia.com/mig-1g.10gb for a slice of one.",
+    )
+    image: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="Image of agents and gateway; the operator's default if unset.",
+    )
     engine: EngineSpec = Field(default_factory=EngineSpec)
     kv: KVSpec = Field(default_factory=KVSpec)
     balance: BalanceSpec = Field(default_factory=BalanceSpec)
     drain: DrainSpec = Field(default_factory=DrainSpec)
     rollout: RolloutSpec = Field(default_factory=RolloutSpec)
     gateway: GatewaySpec = Field(default_factory=GatewaySpec)
-    auth: AuthSpec | None = Field(None, description="API keys; without it the gateway asks for none.")
+    auth: AuthSpec | None = Field(default=None, description="API keys; without it the gateway asks for none.")
     monitoring: MonitoringSpec = Field(default_factory=MonitoringSpec)
-    template: PodTemplate = Field(default_factory=PodTemplate, description="Merged into the agents' pods.")
+    template: PodTemplate | None = Field(default=None, description="Merged into the agents' pods.")
 
 
-# ── LLMService: what is there ─────────────────────────────────────────────────────────────────────
+# ── LLMService: what is there ─────────────────────────────────────────────────────────────────────────────
 
 
 class Condition(Resource):
-    type: str
-    status: Literal["True", "False", "Unknown"]
-    observed_generation: int = 0
-    last_transition_time: str = Field(json_schema_extra={"format": "date-time"})
-    reason: str = Field(min_length=1, max_length=1024, pattern="^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
-    message: str = Field("", max_length=32768)
+    """One aspect of the service."""
+
+    type: str = Field(max_length=316, description="Ready, Progressing, Degraded or Balanced.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether the condition holds.")
+    observed_generation: int = Field(default=0, description="The generation that this was computed from.")
+    last_transition_time: str = Field(
+        json_schema_extra={"format": "date-time"}, description="When status last changed."
+    )
+    reason: str = Field(
+        min_length=1,
+        max_length=1024,
+        pattern="^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
+        description="Why, as one CamelCase word.",
+    )
+    message: str = Field(default="", max_length=32768, description="Why, for a person.")
 
 
 class TierPool(Resource):
     """Blocks of one tier over all agents; free + cached + active is total."""
 
-    total: int = 0
-    free: int = 0
-    cached: int = 0
-    active: int = 0
-    size: str = Field("0", description="Bytes of all blocks, as a quantity.")
+    total: int = Field(default=0, description="Blocks there are.")
+    free: int = Field(default=0, description="Blocks that hold nothing.")
+    cached: int = Field(default=0, description="Blocks that hold a cached prefix and can be taken any time.")
+    active: int = Field(default=0, description="Blocks that running requests hold.")
+    size: str = Field(default="0", max_length=32, description="Bytes of all blocks, as a quantity.")
 
 
 class PoolStatus(Resource):
+    """The block pools of all agents together."""
+
     device: TierPool = Field(default_factory=TierPool)
     host: TierPool = Field(default_factory=TierPool)
 
@@ -240,79 +460,172 @@ class PoolStatus(Resource):
 class AgentLine(Resource):
     """One agent in a line."""
 
-    name: str = Field(description="The pod.")
-    node: str = ""
-    state: str = Field("Unknown", description="Pending, Starting, Ready, Draining, Drained, Failed or Unknown.")
-    revision: str = ""
-    running: int = 0
-    waiting: int = 0
-    used_percent: int = Field(0, description="Share of its device blocks that are active.")
-    cached_percent: int = Field(0, description="Share of its device blocks that hold cached prefixes.")
-    hit_percent: int = Field(0, description="Share of looked-up prompt tokens found in the prefix cache.")
-    message: str = Field("", max_length=1024)
+    name: str = Field(max_length=253, description="The pod.")
+    node: str = Field(default="", max_length=253, description="Where the pod is.")
+    state: str = Field(
+        default="Unknown",
+        max_length=32,
+        description="Pending, Starting, Ready, Draining, Drained, Failed, Terminating or Unknown.",
+    )
+    revision: str = Field(
+        default="", max_length=63, description="What it was made from; see status.revision."
+    )
+    running: int = Field(default=0, description="Requests being decoded.")
+    waiting: int = Field(default=0, description="Requests queued or preempted.")
+    used_percent: int = Field(default=0, description="Share of its device blocks that are active.")
+    cached_percent: int = Field(
+        default=0, description="Share of its device blocks that hold cached prefixes."
+    )
+    hit_percent: int = Field(
+        default=0, description="Share of looked-up prompt tokens found in the prefix cache."
+    )
+    message: str = Field(default="", max_length=1024, description="What is wrong with it.")
 
 
 class Decision(Resource):
     """What the operator decided, and the numbers that led to it."""
 
-    time: str = Field(json_schema_extra={"format": "date-time"})
-    action: str = Field(description="Create, Drain, Delete or Replace.")
-    agent: str
-    reason: str
-    message: str = Field("", max_length=1024)
+    time: str = Field(json_schema_extra={"format": "date-time"}, description="When it was carried out.")
+    action: str = Field(max_length=32, description="Create, Drain or Delete.")
+    agent: str = Field(max_length=253, description="The pod.")
+    reason: str = Field(max_length=64, description="Why, as one CamelCase word.")
+    message: str = Field(default="", max_length=1024, description="Why, for a person.")
 
 
 class LLMServiceStatus(Resource):
-    observed_generation: int = 0
+    """What the operator sees."""
+
+    observed_generation: int = Field(default=0, description="The generation that all this was computed from.")
     conditions: list[Condition] = Field(
         default_factory=list,
+        max_length=16,
+        description="Ready, Progressing, Degraded and Balanced, with reasons.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    replicas: int = Field(0, description="Agents that exist and are not on their way out.")
-    ready_replicas: int = 0
-    updated_replicas: int = Field(0, description="Agents of the newest revision.")
-    selector: str = Field("", description="Label selector of the agents, for autoscalers.")
-    revision: str = Field("", description="Digest of what makes agents alike.")
-    url: str = Field("", description="Where clients inside the cluster send requests.")
-    used_percent: int = Field(0, description="Share of all device blocks that are active.")
+    replicas: int = Field(default=0, description="Agents that exist and are not on their way out.")
+    ready_replicas: int = Field(default=0, description="Those of them that take requests.")
+    updated_replicas: int = Field(default=0, description="Those of them of the newest revision.")
+    ready_gateways: int = Field(default=0, description="Gateway pods that take requests.")
+    selector: str = Field(
+        default="", max_length=512, description="Label selector of the agents, for autoscalers."
+    )
+    revision: str = Field(default="", max_length=63, description="Digest of what makes agents alike.")
+    url: str = Field(default="", max_length=512, description="Where clients in the cluster send requests.")
+    running: int = Field(default=0, description="Requests being decoded by all agents.")
+    waiting: int = Field(default=0, description="Requests queued or preempted in all agents.")
+    used_percent: int = Field(default=0, description="Share of all device blocks that are active.")
     pool: PoolStatus = Field(default_factory=PoolStatus)
-    agents: list[AgentLine] = Field(default_factory=list, max_length=64)
-    decisions: list[Decision] = Field(default_factory=list, max_length=16, description="The newest, latest first.")
+    agents: list[AgentLine] = Field(
+        default_factory=list,
+        max_length=64,
+        description="The agents, by name; of more than 64, those with something to say.",
+    )
+    decisions: list[Decision] = Field(
+        default_factory=list, max_length=16, description="The newest decisions, latest first."
+    )
 
 
-# ── KVMove ────────────────────────────────────────────────────────────────────────────────────────
+# ── KVMove ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Evidence(Resource):
     """A number that led to the decision."""
 
-    name: str
-    value: str
+    name: str = Field(max_length=128, description="What was measured or computed.")
+    value: str = Field(max_length=256, description="The number, with its unit.")
 
 
 class KVMoveSpec(Resource):
-    model_config = rules(
-        rule("!has(self.from) || !has(self.to) || self.from != self.to", "from and to must be different agents"),
-        rule("self.kind in ['offload', 'drain'] || has(self.to)", "this kind of move needs to"),
-        rule("self == oldSelf || self.approved != oldSelf.approved", "only approved may change"),
+    """One decision about KV: what is to go from which agent to which. Immutable, except for the approval."""
+
+    RULES = (
+        Rule(
+            "!has(self.to) || self.from != self.to",
+            lambda self: self.from_ != self.to,
+            "from and to must be different agents",
+            "to",
+        ),
+        Rule(
+            "self.kind in ['offload', 'drain'] || has(self.to)",
+            lambda self: self.kind in ("offload", "drain") or self.to is not None,
+            "a move of this kind goes to an agent: set to",
+            "to",
+        ),
+        Rule(
+            "self.kind != 'offload' || !has(self.to)",
+            lambda self: self.kind != "offload" or self.to is None,
+            "offload goes to the agent's own host tier: leave to out",
+            "to",
+        ),
+        Rule(
+            "has(self.to) == has(oldSelf.to) && has(self.blocks) == has(oldSelf.blocks) "
+            "&& has(self.why) == has(oldSelf.why)",
+            lambda _: True,  # decided by two versions, which only the API server sees
+            "a KVMove is immutable, except for approved: make another",
+            "to",
+        ),
     )
 
-    service: Name = Field(description="The LLMService, in the same namespace.")
-    kind: Literal["migrate", "lend", "recall", "offload", "replicate", "drain"]
-    from_: Name = Field(alias="from", description="Agent (pod) that gives.")
-    to: Name | None = Field(None, description="Agent (pod) that takes.")
-    blocks: int | None = Field(None, ge=1, description="How many blocks; all that fits if unset.")
-    approved: bool = Field(False, description="A move proposed in mode Advise is carried out once this is true.")
-    why: list[Evidence] = Field(default_factory=list, max_length=32)
-    predicted_gain: str = Field("", max_length=256)
+    service: Name = Field(
+        description="The LLMService, in the same namespace.",
+        json_schema_extra=_immutable("service is immutable: make another KVMove"),
+    )
+    kind: Literal["migrate", "lend", "recall", "offload", "replicate", "drain"] = Field(
+        description="What is done with the blocks.",
+        json_schema_extra=_immutable("kind is immutable: make another KVMove"),
+    )
+    from_: Name = Field(
+        alias="from",
+        description="Agent (pod) that gives.",
+        json_schema_extra=_immutable("from is immutable: make another KVMove"),
+    )
+    to: Name | None = Field(
+        default=None,
+        description="Agent (pod) that takes; drain chooses if unset.",
+        json_schema_extra=_immutable("to is immutable: make another KVMove"),
+    )
+    blocks: int | None = Field(
+        default=None,
+        ge=1,
+        le=_INT32,
+        description="How many blocks; all that fit if unset.",
+        json_schema_extra=_immutable("blocks is immutable: make another KVMove"),
+    )
+    approved: bool = Field(
+        default=False,
+        description="A move proposed in mode Advise is carried out once this is true.",
+        json_schema_extra=_immutable(
+            "an approval cannot be withdrawn: delete the KVMove", "self || !oldSelf"
+        ),
+    )
+    why: list[Evidence] = Field(
+        default_factory=list,
+        max_length=32,
+        description="The numbers that led to the decision.",
+        json_schema_extra=_immutable("why is immutable: make another KVMove"),
+    )
+    predicted_gain: str = Field(
+        default="",
+        max_length=256,
+        description="What the decision was expected to bring.",
+        json_schema_extra=_immutable("predictedGain is immutable: make another KVMove"),
+    )
 
 
 class KVMoveStatus(Resource):
-    phase: Literal["Proposed", "Running", "Succeeded", "Failed", "Cancelled"] = "Proposed"
-    observed_generation: int = 0
-    bytes: str = "0"
-    duration_milliseconds: int = 0
-    downtime_milliseconds: int = 0
-    message: str = Field("", max_length=1024)
-    started_at: str | None = Field(None, json_schema_extra={"format": "date-time"})
-    finished_at: str | None = Field(None, json_schema_extra={"format": "date-time"})
+    """How far the move is."""
+
+    phase: Literal["Proposed", "Running", "Succeeded", "Failed", "Cancelled"] = Field(
+        default="Proposed", description="Proposed moves wait for approval."
+    )
+    observed_generation: int = Field(default=0, description="The generation that this was computed from.")
+    bytes: str = Field(default="0", max_length=32, description="Moved so far, as a quantity.")
+    duration_milliseconds: int = Field(default=0, description="From the start to the end.")
+    downtime_milliseconds: int = Field(default=0, description="For which the request stood still.")
+    message: str = Field(default="", max_length=1024, description="The result, for a person.")
+    started_at: str | None = Field(
+        default=None, json_schema_extra={"format": "date-time"}, description="When it started."
+    )
+    finished_at: str | None = Field(
+        default=None, json_schema_extra={"format": "date-time"}, description="When it ended, well or not."
+    )

@@ -1,7 +1,7 @@
 """What is there: the cluster's objects and the agents' reports as plain values, the input of every decision.
 
-The API server's raw dictionaries are read here and nowhere else, and nothing here fails on what it finds: what
-cannot be read becomes ``Service.problem`` or stays at its default. Times are seconds since the epoch.
+The API server's raw dictionaries are read here and nowhere else, and nothing here fails on what it finds:
+what cannot be read becomes ``Service.problem`` or stays at its default. Times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ class Report:
 class Pod:
     """A pod with an agent.
 
-    ``running`` is the state of the container ``agent``, ``problem`` a CamelCase reason why the pod does not get
-    on (UNSCHEDULABLE, FAILED, or the kubelet's, such as ImagePullBackOff and CrashLoopBackOff) with ``message``
-    in the cluster's own words. ``scheduled`` is when the pod was bound to ``node``.
+    ``running`` is the state of the container ``agent``, ``problem`` a CamelCase reason why the pod does not
+    get on (UNSCHEDULABLE, FAILED, or the kubelet's, such as ImagePullBackOff and CrashLoopBackOff) with
+    ``message`` in the cluster's own words. ``scheduled`` is when the pod was bound to ``node``.
     """
 
     name: str
@@ -225,8 +225,8 @@ class Observed:
     """All that is known of one service at one moment.
 
     ``pods`` are its agents' pods, terminating ones included; ``nodes`` all nodes by name. ``revision`` is
-    what ``children.revision`` says of the spec ("" without one). ``refused`` is what the API server answered to the
-    last write that it refused, until one goes through.
+    what ``children.revision`` says of the spec ("" without one). ``refused`` is what the API server answered
+    to the last write that it refused, until one goes through.
     """
 
     service: Service

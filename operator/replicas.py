@@ -3,7 +3,7 @@
 Level-triggered: everything that a decision needs is in ``Observed`` (a drain that has begun is in the pod's
 annotations, the back-off after failures in the status' decisions), so that the operator may be killed between
 any two steps, and may see the same state twice. Applying one plan twice changes nothing: new pods have names
-that follow from the service, the revision and a free slot, so that a second creation meets the first one's pod.
+that follow from the service, the revision and a free slot, so that a second creation meets the first pod.
 """
 
 from __future__ import annotations
