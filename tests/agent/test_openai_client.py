@@ -7,6 +7,7 @@ import math
 
 import openai
 import pytest
+from blockyard.engine.model_files import prepare
 
 from .process import MODEL, AgentProcess
 
@@ -32,10 +33,10 @@ def test_stream_equals_the_whole_answer(client: openai.OpenAI) -> None:
         "messages": [{"role": "user", "content": "Count in emojis \U0001f600"}],
         "temperature": 0,
     }
-    whole = client.chat.completions.create(**ask, max_tokens=60)
+    whole = client.chat.completions.create(**ask, max_tokens=30)
     text, reasons, usages = "", [], []
     for chunk in client.chat.completions.create(
-        **ask, max_completion_tokens=60, stream=True, stream_options={"include_usage": True}
+        **ask, max_completion_tokens=30, stream=True, stream_options={"include_usage": True}
     ):
         for choice in chunk.choices:
             text += choice.delta.content or ""
@@ -161,6 +162,112 @@ def test_response_format(client: openai.OpenAI) -> None:
                 "json_schema": {"name": "bad", "schema": {"type": "x"}},
             },
         )
+
+
+def test_json_object(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Describe a cat as JSON."}],
+        temperature=0,
+        max_tokens=120,
+        response_format={"type": "json_object"},
+        stop="}",  # a small model may go on describing for long
+    )
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert (answer.choices[0].message.content or "").startswith("{")
+    # Only what can go on to be an object was allowed: without the format the answer is prose.
+    free = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Say hello."}], temperature=0, max_tokens=8
+    )
+    assert not (free.choices[0].message.content or "").startswith("{")
+
+
+def test_a_seed_gives_the_same_answer_whatever_else_is_asked(client: openai.OpenAI) -> None:
+    ask = {"model": MODEL, "prompt": "My favourite animal is", "temperature": 1.3, "max_tokens": 10}
+
+    def answers(seed: int | None, prompts: int = 1) -> list[str]:
+        made = client.completions.create(**{**ask, "prompt": [ask["prompt"]] * prompts}, seed=seed)
+        return [choice.text for choice in made.choices]
+
+    alone = answers(7)
+    assert answers(7) == alone
+    assert answers(7, prompts=5) == alone * 5
+    assert answers(-7) != alone
+    assert len(set(answers(None, prompts=4))) > 1
+    sharp = client.completions.create(**ask, seed=7, extra_body={"min_p": 1.0}).choices[0].text
+    greedy = client.completions.create(**{**ask, "temperature": 0}).choices[0].text
+    assert sharp == greedy
+
+
+def test_choices_stop_each_for_itself(client: openai.OpenAI) -> None:
+    ask = {"model": MODEL, "prompt": "1, 2, 3, 4,", "temperature": 0.7, "n": 4, "seed": 3, "max_tokens": 24}
+    plain = [choice.text for choice in client.completions.create(**ask).choices]
+    parts = [part for text in plain for part in text.split(",") if part]
+    stop = next(part for part in parts if sum(part in text for text in plain) in (1, 2, 3))  # not all have it
+    expected = [text.partition(stop)[0] for text in plain]
+    stopped = client.completions.create(**ask, stop=stop)
+    assert [choice.text for choice in stopped.choices] == expected
+    texts, reasons = [""] * 4, [None] * 4
+    for chunk in client.completions.create(**ask, stop=stop, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == expected
+    assert reasons == ["stop" if stop in text else "length" for text in plain]
+
+
+def test_streamed_prompts_and_echo_keep_their_places(client: openai.OpenAI) -> None:
+    ask = {"model": MODEL, "prompt": ["Water is", "Fire is"], "temperature": 0, "max_tokens": 4, "echo": True}
+    whole = client.completions.create(**ask)
+    texts = ["", ""]
+    usage = None
+    for chunk in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert texts[0].startswith("Water is")
+    assert texts[1].startswith("Fire is")
+    assert usage is not None
+    assert usage == whole.usage
+
+
+def test_tokenize_equals_transformers(client: openai.OpenAI, agent: AgentProcess) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(str(prepare(MODEL)))
+
+    def ours(**body: object) -> list[int]:
+        answer = client.post(f"{agent.url}/tokenize", body=body, cast_to=object)
+        assert isinstance(answer, dict)
+        assert answer["count"] == len(answer["tokens"])
+        assert answer["max_model_len"] == 8192
+        return answer["tokens"]  # type: ignore[no-any-return]
+
+    texts = [
+        "Hello, world!",
+        "  two  spaces\n\nand\tlines ",
+        "na\u00efve \u6f22\u5b57 \U0001f600\U0001f3fd 12345678",
+        "<|im_start|>user",
+        "def f(x):\n    return x**2 # \u2264",
+        "a" * 3000,
+    ]
+    for text in texts:
+        assert ours(prompt=text) == reference.encode(text, add_special_tokens=False), text
+    conversations = [
+        FRANCE,
+        [
+            {"role": "system", "content": "Be brief."},
+            *FRANCE,
+            {"role": "assistant", "content": " Paris. "},
+            {"role": "user", "content": "And \u6f22?"},
+        ],
+    ]
+    for messages in conversations:
+        for generation in (True, False):
+            expected = reference.apply_chat_template(
+                messages, add_generation_prompt=generation, tokenize=True, return_dict=False
+            )
+            assert ours(messages=messages, add_generation_prompt=generation) == list(expected)
 
 
 def test_penalties_and_bias_change_the_answer(client: openai.OpenAI, agent: AgentProcess) -> None:
