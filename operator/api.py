@@ -129,7 +129,7 @@ class ClaimModel(_InFolder):
 class HostPathModel(Resource):
     """A model that is on the node already; mounted read-only."""
 
-    path: Path = Field(description="Folder of a model on the node.")
+    path: Path = Field(description="Folder or .gguf file of a model on the node.")
 
 
 class ImageModel(_InFolder):
