@@ -1,0 +1,214 @@
+"""What the operator knows of the cluster: copies of the objects it watches, in memory, parsed once.
+
+Three sources write here: kopf's watches, slow re-lists, and the answers to our own writes. The last make
+that a round never acts on what it has just changed itself: a pod that was created is known before the
+watch tells of it. Versions settle the order: an object's ``resourceVersion`` only ever grows, so the older
+of two tellings is dropped, whichever way it came, and a deletion is remembered until a list that is newer
+has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .kube import DEPLOYMENT, LLM_SERVICE, NODE, POD, Kind, Kube, Raw, controller_uid
+from .observed import SERVICE, Node, Pod, Service
+from .workqueue import Key
+
+Value = TypeVar("Value")
+MANAGED = "app.kubernetes.io/managed-by=blockyard-operator"  # label selector of everything that is ours
+
+
+def key_of(raw: Raw) -> Key:
+    return raw["metadata"].get("namespace") or "", raw["metadata"]["name"]
+
+
+def service_of(raw: Raw) -> Key:
+    """The service that an object's label names; ("", "") if none does."""
+    metadata = raw["metadata"]
+    name = (metadata.get("labels") or {}).get(SERVICE, "")
+    return (metadata.get("namespace") or "", name) if name else ("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[Value]):
+    version: int
+    value: Value | None  # None: deleted
+
+
+class Mirror(Generic[Value]):
+    """The objects of one kind. ``parse`` makes of a raw one what is kept: equal values mean no change.
+
+    ``changed(before, after)`` is called for every change; None stands for "not there".
+    """
+
+    def __init__(
+        self, parse: Callable[[Raw], Value], changed: Callable[[Value | None, Value | None], None]
+    ) -> None:
+        self._parse = parse
+        self._changed = changed
+        self._entries: dict[Key, _Entry[Value]] = {}
+
+    def get(self, key: Key) -> Value | None:
+        entry = self._entries.get(key)
+        return None if entry is None else entry.value
+
+    def __iter__(self) -> Iterator[Value]:
+        return (entry.value for entry in self._entries.values() if entry.value is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def put(self, raw: Raw) -> None:
+        """The object is, or was at its version, like this."""
+        self._keep(key_of(raw), int(raw["metadata"]["resourceVersion"]), raw)
+
+    def drop(self, raw: Raw) -> None:
+        """The object was deleted; ``raw`` is its last state, with the version of the deletion."""
+        self._keep(key_of(raw), int(raw["metadata"]["resourceVersion"]), None)
+
+    def _keep(self, key: Key, version: int, raw: Raw | None) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and version <= entry.version:
+            return
+        before, after = None if entry is None else entry.value, None if raw is None else self._parse(raw)
+        self._entries[key] = _Entry(version, after)
+        if before != after:
+            self._changed(before, after)
+
+    def settle(self, listed: set[Key], version: int, namespace: str | None = None) -> None:
+        """A list as of ``version`` held these keys, each already ``put``: older ones are gone."""
+        for key, entry in list(self._entries.items()):
+            if key in listed or entry.version > version or namespace not in (None, key[0]):
+                continue
+            del self._entries[key]
+            if entry.value is not None:
+                self._changed(entry.value, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Custom:
+    """An LLMService and what a write to it needs."""
+
+    service: Service
+    version: str
+    finalizers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, raw: Raw) -> Custom:
+        metadata = raw["metadata"]
+        return cls(Service.of(raw), metadata["resourceVersion"], tuple(metadata.get("finalizers") or ()))
+
+    def __eq__(self, other: object) -> bool:
+        """Without the version: it changes with every write, also with those that change nothing here."""
+        return (
+            isinstance(other, Custom)
+            and self.service == other.service
+            and self.finalizers == other.finalizers
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.service.uid)
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A pod of one of our services."""
+
+    key: Key
+    owner: str  # uid of the service
+    pod: Pod
+
+    @classmethod
+    def of(cls, raw: Raw) -> Owned:
+        return cls(service_of(raw), controller_uid(raw), Pod.of(raw))
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The Deployment of a service's gateway."""
+
+    key: Key
+    name: str
+    ready: int
+    generation: int
+
+    @classmethod
+    def of(cls, raw: Raw) -> Gateway:
+        ready = int((raw.get("status") or {}).get("readyReplicas") or 0)
+        return cls(
+            service_of(raw), raw["metadata"]["name"], ready, int(raw["metadata"].get("generation") or 0)
+        )
+
+
+class Cluster:
+    """All mirrors, and pods by service. ``dirty`` is told the key of each service that a change concerns."""
+
+    def __init__(self, dirty: Callable[[Key], None]) -> None:
+        self._dirty = dirty
+        self._pods_of: dict[Key, dict[str, Owned]] = {}
+        self.nodes_by_name: dict[str, Node] = {}
+        self.services: Mirror[Custom] = Mirror(Custom.of, self._service_changed)
+        self.pods: Mirror[Owned] = Mirror(Owned.of, self._pod_changed)
+        self.nodes: Mirror[Node] = Mirror(Node.of, self._node_changed)
+        self.deployments: Mirror[Gateway] = Mirror(Gateway.of, self._gateway_changed)
+
+    def pods_of(self, service: Service) -> dict[str, Pod]:
+        """The pods that this very service owns, by uid."""
+        found: Mapping[str, Owned] = self._pods_of.get((service.namespace, service.name), {})
+        return {uid: owned.pod for uid, owned in found.items() if owned.owner == service.uid}
+
+    async def relist(self, kube: Kube, namespaces: Sequence[str] = ()) -> None:
+        """Read everything anew: at the start, and from time to time, for a watch that had to start over does
+        not tell of what was deleted meanwhile. KubeError leaves what was read so far.
+        """
+        await self._relist(kube, self.nodes, NODE, None, "")
+        for namespace in namespaces or (None,):
+            await self._relist(kube, self.pods, POD, namespace, MANAGED)
+            await self._relist(kube, self.deployments, DEPLOYMENT, namespace, MANAGED)
+            await self._relist(kube, self.services, LLM_SERVICE, namespace, "")
+
+    async def _relist(
+        self, kube: Kube, mirror: Mirror[Any], kind: Kind, namespace: str | None, labels: str
+    ) -> None:
+        listed: set[Key] = set()
+        version = 0
+        async for page in kube.pages(kind, namespace, labels):
+            version = page.version
+            for raw in page.items:
+                listed.add(key_of(raw))
+                mirror.put(raw)
+        mirror.settle(listed, version, namespace)
+
+    def _service_changed(self, before: Custom | None, after: Custom | None) -> None:
+        found: Any = after or before
+        self._dirty((found.service.namespace, found.service.name))
+
+    def _pod_changed(self, before: Owned | None, after: Owned | None) -> None:
+        if before is not None:
+            left = self._pods_of.get(before.key, {})
+            left.pop(before.pod.uid, None)
+            if not left:
+                self._pods_of.pop(before.key, None)
+        if after is not None:
+            self._pods_of.setdefault(after.key, {})[after.pod.uid] = after
+        for owned in (before, after):
+            if owned is not None and owned.key != ("", ""):
+                self._dirty(owned.key)
+
+    def _node_changed(self, before: Node | None, after: Node | None) -> None:
+        found: Any = after or before
+        if after is None:
+            self.nodes_by_name.pop(found.name, None)
+        else:
+            self.nodes_by_name[after.name] = after
+        for key, pods in self._pods_of.items():
+            if any(owned.pod.node == found.name for owned in pods.values()):
+                self._dirty(key)
+
+    def _gateway_changed(self, before: Gateway | None, after: Gateway | None) -> None:
+        for gateway in (before, after):
+            if gateway is not None and gateway.key != ("", ""):
+                self._dirty(gateway.key)

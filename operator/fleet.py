@@ -1,0 +1,255 @@
+"""What the agents say of themselves: one long poll per agent, and the reports that came of it.
+
+A poll waits at the agent until its status changes, so an idle fleet costs one request per agent and 20 s.
+A busy agent's status changes with every step; it is asked again after a pause that keeps the whole fleet
+below ``polls_per_second``. A service is marked dirty at once when something changed that decisions rest on
+(state, incarnation, layout, an error that came or went), and after ``LOAD_DELAY`` for load alone, so that
+a steady fleet causes next to no work and no writes. None of this is API-server traffic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import aiohttp
+from pydantic import ValidationError
+
+from ..agent.protocol import AgentStatus
+from .observed import Pod, Report
+from .workqueue import Key, WorkQueue
+
+log = logging.getLogger("blockyard.operator.fleet")
+
+PORT = 8000
+WAIT = 20  # seconds that an agent may hold a poll
+MARGIN = 10.0  # seconds that its answer may be late
+FIRST_TIMEOUT = 5.0  # seconds for an agent that has not answered yet
+DRAIN_TIMEOUT = 5.0
+SHORTEST_PAUSE = 0.5  # seconds between two polls of one agent
+DRAINING_PAUSE = 0.1  # somebody waits for the end of a drain
+FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 30.0
+CONNECTING = 64  # agents that are connected to at once
+LOAD_DELAY = 30.0  # seconds within which a change of load alone is told
+LOAD_STEP = 5  # percent of the pool
+LARGEST_ANSWER = 1 << 20
+
+
+@dataclass(slots=True)
+class _Agent:
+    """One agent's pod, followed as long as it is there."""
+
+    key: Key
+    name: str
+    ip: str
+    token: str
+    report: Report | None = None
+    told: AgentStatus | None = None  # the status that the service was last marked dirty for
+    urgent: bool = False  # poll it as often as is sensible
+    ready: bool = False  # what its pod says
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # ends the pause after an error
+    task: asyncio.Task[None] | None = None
+
+
+class Fleet:
+    """Follows the agents that it is told of; ``report`` is what is known of each."""
+
+    def __init__(
+        self,
+        queue: WorkQueue,
+        *,
+        polls_per_second: float = 200.0,
+        port: int = PORT,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._queue = queue
+        self._rate = polls_per_second
+        self._port = port
+        self._clock = clock
+        self._agents: dict[str, _Agent] = {}  # by uid of the pod
+        self._of: dict[Key, set[str]] = {}  # uids by service
+        self._connecting = asyncio.Semaphore(CONNECTING)
+        # Pods are reached by their IP, never through a proxy; one connection each, since a poll holds it.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, limit_per_host=4, keepalive_timeout=2 * WAIT),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=1 << 14,
+        )
+        self.polls = 0
+        self.errors = 0
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def report(self, uid: str) -> Report | None:
+        found = self._agents.get(uid)
+        return None if found is None else found.report
+
+    def follow(self, key: Key, pods: Mapping[str, Pod], token: str) -> None:
+        """The pods of a service by uid. What is not among them is forgotten, report and all."""
+        for uid in self._of.get(key, set()) - pods.keys():
+            self._forget(uid)
+        for uid, pod in pods.items():
+            agent = self._agents.get(uid)
+            if not pod.ip or pod.finished:
+                if agent is not None:
+                    self._forget(uid)
+                continue
+            if agent is not None and (agent.ip, agent.token) != (pod.ip, token):
+                self._forget(uid)
+                agent = None
+            if agent is None:
+                agent = _Agent(key, pod.name, pod.ip, token)
+                self._agents[uid] = agent
+                self._of.setdefault(key, set()).add(uid)
+                agent.task = asyncio.create_task(self._follow(agent), name=f"agent {pod.name}")
+            agent.urgent = pod.draining_since is not None
+            if pod.ready and not agent.ready:
+                agent.wake.set()
+            agent.ready = pod.ready
+
+    def _forget(self, uid: str) -> None:
+        agent = self._agents.pop(uid)
+        left = self._of[agent.key]
+        left.discard(uid)
+        if not left:
+            del self._of[agent.key]
+        if agent.task is not None:
+            agent.task.cancel()
+
+    async def drain(self, uid: str, timeout_s: float) -> str:
+        """Ask an agent to drain; empty, or why that did not work. It may be asked again."""
+        agent = self._agents.get(uid)
+        if agent is None:
+            return "the agent has no address yet"
+        try:
+            async with self._session.post(
+                self._url(agent, "/drain"),
+                json={"timeout_s": timeout_s},
+                headers=self._headers(agent),
+                timeout=aiohttp.ClientTimeout(total=DRAIN_TIMEOUT),
+            ) as response:
+                status = await _status(response)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            return f"POST /drain of {agent.name}: {_words(error)}"
+        agent.urgent = True
+        if self._agents.get(uid) is agent:
+            self._take(agent, Report(status, at=self._clock()))
+        return ""
+
+    async def clear(self) -> None:
+        """Forget all agents; no task is left."""
+        tasks = [agent.task for agent in self._agents.values() if agent.task is not None]
+        for uid in list(self._agents):
+            self._forget(uid)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Forget all agents; no task and no connection is left."""
+        await self.clear()
+        await self._session.close()
+
+    # ── One agent ─────────────────────────────────────────────────────────────────────────────────
+
+    async def _follow(self, agent: _Agent) -> None:
+        backoff = FIRST_BACKOFF
+        since: int | None = None
+        while True:
+            try:
+                if since is None:
+                    # The first answer comes at once, so few connections are being made at any time.
+                    async with self._connecting:
+                        status = await self._poll(agent, None)
+                else:
+                    status = await self._poll(agent, since)
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                self.errors += 1
+                since = None
+                self._take(agent, Report(None, _words(error), self._clock()))
+                agent.wake.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(agent.wake.wait(), backoff * random.uniform(0.5, 1.0))
+                backoff = min(2 * backoff, LONGEST_BACKOFF)
+                continue
+            backoff = FIRST_BACKOFF
+            since = status.version
+            self._take(agent, Report(status, at=self._clock()))
+            await asyncio.sleep(self._pause(agent) * random.uniform(0.8, 1.2))
+
+    async def _poll(self, agent: _Agent, since: int | None) -> AgentStatus:
+        query = {} if since is None else {"since": str(since), "wait": str(WAIT)}
+        limit = FIRST_TIMEOUT if since is None else WAIT + MARGIN
+        self.polls += 1
+        async with self._session.get(
+            self._url(agent, "/status"),
+            params=query,
+            headers=self._headers(agent),
+            timeout=aiohttp.ClientTimeout(total=limit),
+        ) as response:
+            return await _status(response)
+
+    def _pause(self, agent: _Agent) -> float:
+        if agent.urgent:
+            return DRAINING_PAUSE
+        return max(SHORTEST_PAUSE, len(self._agents) / self._rate)
+
+    def _url(self, agent: _Agent, path: str) -> str:
+        host = f"[{agent.ip}]" if ":" in agent.ip else agent.ip
+        return f"http://{host}:{self._port}{path}"
+
+    def _headers(self, agent: _Agent) -> dict[str, str]:
+        return {"Authorization": f"Bearer {agent.token}"}
+
+    def _take(self, agent: _Agent, report: Report) -> None:
+        """Keep the report, and mark the service dirty as soon as what changed is worth it."""
+        first, agent.report = agent.report is None, report
+        before, now = agent.told, report.status
+        if before is None or now is None:
+            changed = first or before is not now
+        else:
+            changed = _decisive(before) != _decisive(now)
+        if changed:
+            agent.told = now
+            self._queue.add(agent.key)
+        elif before is not None and now is not None and _load_moved(before, now):
+            agent.told = now
+            self._queue.add_after(agent.key, LOAD_DELAY)
+
+
+async def _status(response: aiohttp.ClientResponse) -> AgentStatus:
+    """The status in an answer; ValueError if it is none."""
+    body = await response.content.read(LARGEST_ANSWER)
+    while chunk := await response.content.read(LARGEST_ANSWER):
+        body += chunk
+        if len(body) > LARGEST_ANSWER:
+            raise ValueError(f"the answer is longer than {LARGEST_ANSWER} bytes")
+    if response.status != 200:
+        raise ValueError(f"HTTP status {response.status}: {body[:200].decode(errors='replace')}")
+    try:
+        return AgentStatus.model_validate_json(body)
+    except ValidationError as error:
+        raise ValueError(f"no status of an agent: {error.errors(include_url=False)[0]['msg']}") from None
+
+
+def _decisive(status: AgentStatus) -> tuple[object, ...]:
+    return status.state, status.incarnation, status.layout_digest, status.device_tier.total
+
+
+def _load_moved(before: AgentStatus, now: AgentStatus) -> bool:
+    if (before.running, before.waiting) != (now.running, now.waiting):
+        return True
+    total = max(1, now.device_tier.total)
+    moved = (
+        abs(now.device_tier.active - before.device_tier.active),
+        abs(now.device_tier.cached - before.device_tier.cached),
+    )
+    return max(moved) * 100 >= LOAD_STEP * total
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)

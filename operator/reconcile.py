@@ -1,0 +1,349 @@
+"""One round over one service: observe, decide with the pure functions, carry out, write the status if it
+differs.
+
+Level-triggered: a round looks at what is there and never at what changed, so it may run at any time,
+twice, or after a restart in the middle of another one. What must survive lives in the cluster (a begun
+drain in the pod's annotations, decisions in the status); what is kept here only saves work. Services do
+not wait for each other: a round that fails says so on its own service and is tried again after a growing
+pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+from . import children, replicas, status
+from .children import Defaults, TemplateError
+from .cluster import Cluster, Custom
+from .companions import Companions, Name, name_of
+from .events import Recorder
+from .fleet import Fleet
+from .kube import LLM_SERVICE, POD, SECRET, ApiError, Conflict, Kube, KubeError, NotLeading, Raw
+from .metrics import Metrics
+from .observed import DRAIN_REASON, DRAINING_SINCE, FINALIZER, UNDRAINED, Observed, Pod, Service, stamp
+from .replicas import Action, Create, Delete, Drain, Release
+from .workqueue import Key, WorkQueue
+
+log = logging.getLogger("blockyard.operator.reconcile")
+
+ROUND_TIMEOUT = 120.0  # seconds for one round
+LOAD_INTERVAL = 30.0  # seconds between two writes of a status in which only load has changed
+RESYNC_SPREAD = 30.0  # seconds over which a re-list's rounds are spread
+RESYNC_RETRY = 5.0
+
+# The service that the running task works for; log lines carry it.
+current_service: ContextVar[str] = ContextVar("current_service", default="")
+
+
+class Reconciler:
+    """Brings services to what their specs say, a few at a time."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        cluster: Cluster,
+        fleet: Fleet,
+        queue: WorkQueue,
+        recorder: Recorder,
+        metrics: Metrics,
+        defaults: Defaults,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._kube = kube
+        self._cluster = cluster
+        self._fleet = fleet
+        self._queue = queue
+        self._recorder = recorder
+        self._metrics = metrics
+        self._defaults = defaults
+        self._clock = clock
+        self._companions = Companions(kube, cluster)
+        self._tokens: dict[str, str] = {}  # agents' token by uid of the service
+        self._uids: dict[Key, str] = {}  # the services that have been seen
+        self._refused: dict[Key, str] = {}  # what the API server last refused, until a round goes through
+        self._load_written: dict[Key, float] = {}  # when a status was last written
+
+    async def run(self, workers: int, namespaces: Sequence[str], resync_seconds: float) -> None:
+        """List everything, then work until cancelled."""
+        await self._resync(namespaces)
+        for custom in self._cluster.services:
+            self._queue.add((custom.service.namespace, custom.service.name))
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(workers):
+                tasks.create_task(self._work(), name=f"worker {number}")
+            tasks.create_task(self._resync_often(namespaces, resync_seconds), name="resync")
+
+    async def _work(self) -> None:
+        while True:
+            key, waited = await self._queue.take()
+            self._metrics.waits.observe(waited)
+            try:
+                await self._guarded(key)
+            finally:
+                self._queue.done(key)
+
+    async def _guarded(self, key: Key) -> None:
+        """One round that fails alone, whatever happens in it."""
+        current_service.set("/".join(key))
+        begin, result = time.perf_counter(), "error"
+        try:
+            async with asyncio.timeout(ROUND_TIMEOUT):
+                await self.reconcile(key)
+            self._queue.succeeded(key)
+            result = "ok"
+        except NotLeading as error:
+            log.warning("round ended: %s", error)
+            self._queue.failed(key)
+        except (KubeError, TimeoutError) as error:
+            words = str(error) or f"not done within {ROUND_TIMEOUT:g} s"
+            log.warning("round failed, again in %.1f s: %s", self._queue.failed(key), words)
+        except Exception:  # a defect must not stop the other services
+            log.exception("round failed, again in %.1f s", self._queue.failed(key))
+        finally:
+            self._metrics.reconciles.labels(result).observe(time.perf_counter() - begin)
+
+    # ── Looking anew ──────────────────────────────────────────────────────────────────────────────
+
+    async def _resync_often(self, namespaces: Sequence[str], seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
+            await self._resync(namespaces)
+            for custom in self._cluster.services:
+                key = (custom.service.namespace, custom.service.name)
+                self._queue.add_after(key, random.uniform(0.0, min(RESYNC_SPREAD, seconds)))
+
+    async def _resync(self, namespaces: Sequence[str]) -> None:
+        """Re-list until that works: the mirrors are right afterwards, and drifted companions are known."""
+        while True:
+            try:
+                await self._cluster.relist(self._kube, namespaces)
+                await self._companions.relist(namespaces, self._wanted)
+                return
+            except KubeError as error:
+                log.warning("re-list failed, again in %g s: %s", RESYNC_RETRY, error)
+                await asyncio.sleep(RESYNC_RETRY)
+
+    def _wanted(self, key: Key) -> Mapping[Name, Raw]:
+        custom = self._cluster.services.get(key)
+        if custom is None or custom.service.spec is None:
+            return {}
+        try:
+            return {name_of(body): body for body in children.companions(custom.service, self._defaults)}
+        except TemplateError:
+            return {}
+
+    # ── One round ─────────────────────────────────────────────────────────────────────────────────
+
+    async def reconcile(self, key: Key) -> None:
+        """One round. KubeError if the API server refused something or could not be reached."""
+        custom = self._cluster.services.get(key)
+        if (before := self._uids.get(key)) is not None and (custom is None or custom.service.uid != before):
+            self._forget(key, before)
+        if custom is None:
+            return
+        self._uids[key] = custom.service.uid
+        service, revision, wanted = self._read(custom.service)
+        done: list[Action] = []
+        problem: Exception | None = None
+        try:
+            await self._converge(custom, service, revision, wanted, done)
+            self._refused.pop(key, None)
+        except (KubeError, TimeoutError) as error:
+            problem = error
+            if isinstance(error, ApiError) and not isinstance(error, Conflict):
+                self._refused[key] = str(error)
+        except Exception as error:  # noqa: BLE001 -- raised below, after the status has told of it
+            problem = error
+            self._refused[key] = f"internal error of the operator: {error!r}"
+        current = self._cluster.services.get(key)
+        if current is not None and current.service.uid == service.uid:
+            # The status tells of the spec that this round has worked on, not of one that came meanwhile.
+            observed = self._observe(replace(service, status=current.service.status), revision)
+            await self._write_status(key, observed, done)
+            if (seconds := replicas.due(observed)) is not None:
+                self._queue.add_after(key, max(0.1, seconds))
+        if problem is not None:
+            raise problem
+
+    def _read(self, service: Service) -> tuple[Service, str, list[Raw]]:
+        """The service, its revision, its companions; a template that does not fit makes the spec unreadable."""
+        if service.spec is None:
+            return service, "", []
+        try:
+            revision = children.revision(service.spec, self._defaults)
+            children.agent_pod(service, "check", revision, self._defaults)
+            return service, revision, children.companions(service, self._defaults)
+        except TemplateError as error:
+            return replace(service, spec=None, problem=str(error)), "", []
+
+    def _observe(self, service: Service, revision: str) -> Observed:
+        gateway = self._cluster.deployments.get((service.namespace, f"{service.name}-gateway"))
+        return Observed(
+            service=service,
+            pods=tuple(
+                replace(pod, report=self._fleet.report(uid))
+                for uid, pod in self._cluster.pods_of(service).items()
+            ),
+            nodes=self._cluster.nodes_by_name,
+            revision=revision,
+            gateway_ready=0 if gateway is None else gateway.ready,
+            now=self._clock(),
+            refused=self._refused.get((service.namespace, service.name), ""),
+        )
+
+    async def _converge(
+        self, custom: Custom, service: Service, revision: str, wanted: list[Raw], done: list[Action]
+    ) -> None:
+        """Carry out everything that is to be done now; ``done`` holds what was, also if this fails."""
+        pods = self._cluster.pods_of(service)
+        if service.deleting:
+            if not pods or service.spec is None:
+                await self._let_go(custom)
+                return
+        elif service.spec is not None and not service.paused:
+            await self._hold(custom)
+            await self._token(service, make=True)
+            retired = children.retired(service, self._defaults)
+            await self._companions.ensure(service, wanted, retired)
+        token = await self._token(service, make=False)
+        if token:
+            self._fleet.follow((service.namespace, service.name), pods, token)
+        actions = replicas.plan(self._observe(service, revision))
+        if any(isinstance(action, Create) for action in actions):
+            # A Secret that somebody deleted would keep new agents from starting.
+            self._tokens.pop(service.uid, None)
+            await self._token(service, make=True)
+        for action in actions:
+            await self._carry_out(service, revision, action)
+            done.append(action)
+        if done:
+            await self._tell(service, done)
+
+    async def _hold(self, custom: Custom) -> None:
+        """The finalizer, so that a deletion waits until agents have drained."""
+        if FINALIZER not in custom.finalizers:
+            await self._set_finalizers(custom, [*custom.finalizers, FINALIZER])
+
+    async def _let_go(self, custom: Custom) -> None:
+        if FINALIZER in custom.finalizers:
+            await self._set_finalizers(custom, [name for name in custom.finalizers if name != FINALIZER])
+
+    async def _set_finalizers(self, custom: Custom, names: list[str]) -> None:
+        service = custom.service
+        patch = {"metadata": {"resourceVersion": custom.version, "finalizers": names}}
+        self._cluster.services.put(
+            await self._kube.merge(LLM_SERVICE, service.namespace, service.name, patch)
+        )
+
+    async def _token(self, service: Service, *, make: bool) -> str:
+        """What agents and operator know each other by; empty if there is none and it is not to be made."""
+        if (known := self._tokens.get(service.uid)) is not None:
+            return known
+        body = children.secret(service, secrets.token_urlsafe(32))
+        found = await self._kube.get(SECRET, service.namespace, body["metadata"]["name"])
+        if found is None:
+            if not make:
+                return ""
+            found = await self._kube.create(body)
+        token = base64.b64decode((found.get("data") or {}).get("token") or "").decode(errors="replace")
+        self._tokens[service.uid] = token
+        return token
+
+    # ── Actions ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _carry_out(self, service: Service, revision: str, action: Action) -> None:
+        """One action; the pod's new state is known before this returns."""
+        match action:
+            case Create(name=name):
+                body = children.agent_pod(service, name, revision, self._defaults)
+                self._cluster.pods.put(await self._kube.create(body))
+            case Drain(pod=pod, reason=reason, timeout_s=timeout_s):
+                if pod.draining_since is None or pod.drain_reason != reason:
+                    since = pod.draining_since if pod.draining_since is not None else self._clock()
+                    notes = {DRAINING_SINCE: stamp(since), DRAIN_REASON: reason}
+                    await self._annotate(service, pod, {"annotations": notes})
+                if problem := await self._fleet.drain(pod.uid, timeout_s):
+                    log.info("%s", problem)  # the next round tries again, until the drain's deadline
+            case Release(pod=pod):
+                await self._annotate(service, pod, {"labels": {UNDRAINED: None}})
+            case Delete(pod=pod, force=force):
+                grace = 0 if force else None
+                left = await self._kube.delete(POD, service.namespace, pod.name, pod.uid, grace)
+                if left is not None:
+                    self._cluster.pods.put(left)
+
+    async def _annotate(self, service: Service, pod: Pod, metadata: dict[str, Any]) -> None:
+        patch = {"metadata": {"uid": pod.uid, **metadata}}
+        self._cluster.pods.put(await self._kube.merge(POD, service.namespace, pod.name, patch))
+
+    async def _tell(self, service: Service, done: Sequence[Action]) -> None:
+        """One event for each kind of action and reason, however many agents it was."""
+        words = {Create: "AgentCreated", Drain: "AgentDraining", Delete: "AgentDeleted"}
+        groups: dict[tuple[type[Action], str], list[str]] = {}
+        for action in done:
+            if isinstance(action, Create | Drain | Delete):
+                name = action.name if isinstance(action, Create) else action.pod.name
+                groups.setdefault((type(action), action.reason), []).append(f"{name}: {action.message}")
+        for (kind, reason), messages in groups.items():
+            more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
+            text = f"{reason}: {'; '.join(messages[:3])}{more}"
+            await self._recorder.emit(service, "Normal", words[kind], kind.__name__, text)
+
+    # ── Status ────────────────────────────────────────────────────────────────────────────────────
+
+    async def _write_status(self, key: Key, observed: Observed, done: Sequence[Action]) -> None:
+        """Write it if it differs; if only load does, not too often."""
+        service, before = observed.service, observed.service.status
+        after = status.compute(observed, done, before)
+        if after == before:
+            return
+        now = time.monotonic()
+        if not status.urgent(after, before):
+            wait = self._load_written.get(key, float("-inf")) + LOAD_INTERVAL - now
+            if wait > 0:
+                self._queue.add_after(key, wait)
+                return
+        self._load_written[key] = now
+        made = await self._kube.set_status(LLM_SERVICE, service.namespace, service.name, service.uid, after)
+        self._cluster.services.put(made)
+        await self._tell_conditions(service, before, after)
+
+    async def _tell_conditions(
+        self, service: Service, before: Mapping[str, Any], after: Mapping[str, Any]
+    ) -> None:
+        """Events for what a person wants to know: it is ready, it is no longer, it is degraded, and why."""
+        old, new = _conditions(before), _conditions(after)
+        for kind, bad in (("Ready", "False"), ("Degraded", "True")):
+            now, then = new.get(kind, {}), old.get(kind, {})
+            said = (now.get("status"), now.get("reason"))
+            if said == (then.get("status"), then.get("reason")):
+                continue
+            if now.get("status") == bad and (kind == "Degraded" or then.get("status") == "True"):
+                await self._recorder.emit(
+                    service, "Warning", now["reason"], "Observe", now.get("message", "")
+                )
+            elif kind == "Ready" and now.get("status") == "True":
+                await self._recorder.emit(service, "Normal", "Ready", "Observe", now.get("message", ""))
+
+    def _forget(self, key: Key, uid: str) -> None:
+        """The service, in that life, is gone."""
+        self._fleet.follow(key, {}, "")
+        self._companions.forget(key)
+        self._recorder.forget(uid)
+        self._tokens.pop(uid, None)
+        self._uids.pop(key, None)
+        self._refused.pop(key, None)
+        self._load_written.pop(key, None)
+
+
+def _conditions(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {condition["type"]: condition for condition in found.get("conditions") or ()}
