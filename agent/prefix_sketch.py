@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -47,11 +47,13 @@ class Prefix:
     length: int = 0
 
     def shared_with(self, known: PrefixMirror | PrefixLog | frozenset[int]) -> int:
-        """How many characters at its beginning are known there."""
-        for number in range(len(self.hashes) - 1, -1, -1):
-            if self.hashes[number] in known:
-                return BOUNDARIES[number]
-        return 0
+        """How many characters at its beginning are known there.
+
+        Whoever knows a beginning knows all shorter ones of it: they were used with it, and are forgotten
+        no sooner.
+        """
+        first_unknown = bisect_left(self.hashes, True, key=lambda entry: entry not in known)
+        return BOUNDARIES[first_unknown - 1] if first_unknown else 0
 
 
 def sketch(parts: Iterable[str], tenant: str) -> Prefix:
@@ -205,23 +207,26 @@ class PrefixMirror:
     def update(self, report: PrefixReport) -> None:
         """Take over a report that was asked for with this mirror's version and incarnation.
 
-        ValueError if it is not one.
+        ValueError if it has a hash that is none.
         """
         if report.incarnation != self.incarnation:
-            self.__init__()  # type: ignore[misc]  # as new: nothing of another life's versions can be kept
+            self._used.clear()  # versions of another life cannot be compared
             self.incarnation = report.incarnation
         for use in report.uses:
             for text in use.hashes:
                 self._use(int(text, 16), use.version)
         self.version = report.version
-        while self._used and next(iter(self._used.values())) < report.oldest:
-            self._used.popitem(last=False)
+        self._forget_before(report.oldest)
 
     def expect(self, prefix: Prefix) -> None:
         """A request has just been sent there: count on it before the agent says so."""
         for entry in prefix.hashes:
             self._use(entry, self.version + 1)
         while len(self._used) > 2 * MAX_ENTRIES:
+            self._forget_before(next(iter(self._used.values())) + 1)
+
+    def _forget_before(self, version: int) -> None:
+        while self._used and next(iter(self._used.values())) < version:
             self._used.popitem(last=False)
 
     def _use(self, entry: int, version: int) -> None:
