@@ -81,7 +81,7 @@ class Generation:
         """End one choice, whose text is complete, without ending the others."""
         if index in self._open:
             self._open.remove(index)
-            self._client.send(Abort(self.request_id, index if self._open else None))
+            self._client.send(Abort(self.request_id, index if self._open else None, "stop"))
 
     def close(self) -> None:
         """Forget the request; if it is still being computed, tell the engine to drop it."""

@@ -132,7 +132,7 @@ class _Loop:
             case AddRequest():
                 self._add(command)
             case Abort():
-                self._engine.abort(command.request_id, command.index)
+                self._engine.abort(command.request_id, command.index, command.reason)
             case Shutdown() | None:
                 self._stopping = True
             case WorkerDied():

@@ -109,8 +109,9 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
             )
         )
     except web.HTTPException as error:
-        path = ascii(request.raw_path)[1:200]
-        response = _answer(BadRequest(f"{request.method} {path}: {error.reason}", status=error.status))
+        path = ascii(request.raw_path)[1:-1][:200]
+        text = f"{request.method} {path}: {error.reason}; /openapi.json says what there is"
+        response = _answer(BadRequest(text, status=error.status))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
     except web.RequestPayloadError as error:

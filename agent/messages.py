@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..engine.outputs import EngineStats, SequenceOutput
+from ..engine.outputs import EngineStats, FinishReason, SequenceOutput
 from ..engine.sampling_params import SamplingParams
 
 
@@ -23,10 +23,14 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True):
-    """Drop a request, or one choice of it, within one step. Unknown ids are ignored."""
+    """Drop a request, or one choice of it, within one step. Unknown ids are ignored.
+
+    ``reason`` is "stop" if its text is complete, as far as the one who turns tokens into text can tell.
+    """
 
     request_id: str
     index: int | None = None
+    reason: FinishReason = "abort"
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):

@@ -163,8 +163,10 @@ class Engine:
             params=request.params, seed=seed, prompt_ids=request.prompt_ids, output_ids=[], grammar=grammar
         )
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:
         """Drop a request, or one choice of it; its blocks are free at once. Unknown ids are ignored.
+
+        The ``reason`` is what it is counted under: whoever turns tokens into text may have found its end.
 
         A single choice of a request whose choices are ranked at the end (``best_of > n``, beams), or not
         yet decoding on its own, cannot be told apart: such a call is ignored too.
@@ -174,9 +176,9 @@ class Engine:
             return
         for sequence in list(request.live):
             if index is None or sequence.index == index:
-                self.scheduler.finish(sequence, "abort")
+                self.scheduler.finish(sequence, reason)
         if not request.live:
-            self._forget(request, "abort")
+            self._forget(request, reason)
 
     @property
     def has_work(self) -> bool:

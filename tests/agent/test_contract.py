@@ -48,10 +48,13 @@ def soften(body: Any) -> None:
         body["model"] = MODEL
     for field in ("max_tokens", "max_completion_tokens"):
         value = body.get(field)
-        if ("messages" in body and value is None) or (type(value) is int and 4 < value < 2**31):
-            body[field] = 4
+        if ("messages" in body and value is None) or (type(value) is int and 1 < value < 2**31):
+            body[field] = 1
         if field == "max_completion_tokens" and "messages" not in body:
             body.pop(field, None)
+    for field in ("n", "best_of"):
+        if type(body.get(field)) is int and 2 < body[field] <= 64:
+            body[field] = 2
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -255,6 +255,9 @@ def test_a_wrong_path_or_method_is_refused(
     got, answer = send(agent, method, path)
     assert got == status
     check(answer, param=answer["error"]["param"], says=says)
+    if status != 400:
+        assert answer["error"]["message"].startswith(f"{method} {path[:150]}")
+        assert "/openapi.json" in answer["error"]["message"]
 
 
 def test_another_model_is_not_found(agent: AgentProcess) -> None:

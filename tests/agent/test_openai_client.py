@@ -101,11 +101,14 @@ def test_beam_search(client: openai.OpenAI) -> None:
     assert answer.choices[0].text != answer.choices[1].text
 
 
-def test_stop_strings(client: openai.OpenAI) -> None:
+def test_stop_strings(client: openai.OpenAI, agent: AgentProcess) -> None:
     ask = {"model": MODEL, "prompt": "1, 2, 3, 4,", "temperature": 0, "max_tokens": 40}
     plain = client.completions.create(**ask).choices[0]
     assert ", 8" in plain.text
+    before = agent.idle()["finished"]
     stopped = client.completions.create(**ask, stop=["zebra", ", 8"]).choices[0]
+    after = agent.idle()["finished"]
+    assert after["stop"] == before.get("stop", 0) + 1  # and not as if the client had gone away
     assert stopped.text == plain.text[: plain.text.index(", 8")]
     assert stopped.finish_reason == "stop"
     streamed = "".join(
