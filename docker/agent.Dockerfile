@@ -21,7 +21,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir "$(echo /wheels/*.whl)[convert]"
 # Prepared models and compiled kernels. Mount a volume there to keep them; everything else is only read.
-ARG CACHE=/var/cache/blockyard
+ARG CACHE=/cache
 ARG UID=1000
 ENV HOME=${CACHE} BLOCKYARD_CACHE=${CACHE}
 RUN install --directory --owner=${UID} --group=${UID} ${CACHE}
