@@ -6,9 +6,9 @@ GPU_PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-MODULES := -p blockyard.kernels -p blockyard.engine -p blockyard.agent -m blockyard.cli
+MODULES := -p blockyard.kernels -p blockyard.engine -p blockyard.agent -p blockyard.operator -m blockyard.cli
 
-.PHONY: help demo test lint format gpu bench wheel clean
+.PHONY: help demo test lint format crds gpu bench wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -ts $$'\t'
@@ -28,6 +28,9 @@ lint: $(INSTALLED) .build/blockyard  ## ruff, strict types, who may import whom
 format: $(INSTALLED)  ## bring the code into ruff's form
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+crds: $(INSTALLED)  ## write crds/ from operator/api.py
+	$(PY) -m blockyard.operator.crds
 
 gpu: .build/blockyard  ## kernel and runner tests and kernel benchmarks on CUDA, with GPU_PYTHON's own packages
 	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "make gpu needs a CUDA device"'
