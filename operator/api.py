@@ -292,7 +292,22 @@ class DrainSpec(Resource):
 class RolloutSpec(Resource):
     """How agents are replaced: a new one first, then the old one is drained."""
 
-    max_surge: int = Field(default=1, ge=1, le=100, description="Agents beyond replicas meanwhile.")
+    RULES = (
+        Rule(
+            "self.maxSurge > 0 || self.maxUnavailable > 0",
+            lambda self: self.max_surge > 0 or self.max_unavailable > 0,
+            "maxSurge and maxUnavailable are both 0: nothing could ever be replaced",
+            "maxSurge",
+        ),
+    )
+
+    max_surge: int = Field(default=1, ge=0, le=100, description="Agents beyond replicas meanwhile.")
+    max_unavailable: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Agents fewer than replicas that may serve meanwhile: for clusters without a spare GPU.",
+    )
 
 
 class LimitsSpec(Resource):

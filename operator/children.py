@@ -53,8 +53,8 @@ def revision(spec: LLMServiceSpec, defaults: Defaults) -> str:
     """10 hex digits of all that makes agents' pods differ: not replicas, balance, drain, gateway.
 
     Taken from the spec, not from the pod that is made of it, so that a new operator does not replace all
-    agents because it makes pods a little differently. Fields at their defaults do not count, so that new fields
-    can come.
+    agents because it makes pods a little differently. Fields at their defaults do not count, so that new
+    fields can come.
     """
     facts = spec.model_dump(
         mode="json",
@@ -285,7 +285,7 @@ def _budget(service: Service) -> dict[str, Any]:
 
 
 def _network_policy(service: Service, defaults: Defaults) -> dict[str, Any]:
-    """Agents are reached by each other, their gateways and the operator; by Prometheus if it is to watch them.
+    """Agents are reached by each other, their gateways, the operator, and Prometheus if it is to watch them.
 
     The kubelet's probes need no rule. A policy sees ports, not paths, so that what Prometheus may not ask for
     is kept by the token.

@@ -4,13 +4,36 @@ Level-triggered: everything that a decision needs is in ``Observed`` (a drain th
 annotations, the back-off after failures in the status' decisions), so that the operator may be killed between
 any two steps, and may see the same state twice. Applying one plan twice changes nothing: new pods have names
 that follow from the service, the revision and a free slot, so that a second creation meets the first pod.
+
+Pods are of these kinds, and each pod of one:
+
+    gone      terminating, lost with its node, or failed: no part of the service any more
+    leaving   drains, or is drained
+    bad       stays until it is replaced: of an old revision, or on a node that is to be left
+    good      of the newest revision, on a node that may be used
+
+New good ones are made while good ones are missing and there is room: replicas and maxSurge count good and bad
+together. Bad ones, and good ones in excess, are drained as far as replicas less maxUnavailable stay ready.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from .observed import Observed, Pod
+from . import reasons
+from .api import DrainSpec
+from .observed import Observed, Pod, seconds
+
+NODE_LAG = 15.0  # seconds in which a node may still be unheard of when a pod has been put on it
+NODE_PATIENCE = 60.0  # seconds for which a node may be not ready before its agents are given up
+REPORT_SECONDS = 10.0  # an agent cuts its requests off at the deadline, and has so long to tell that it did
+BACKOFF_FIRST, BACKOFF_LONGEST = 10.0, 300.0  # seconds between replacements of failed pods, doubling
+BACKOFF_MEMORY = 900.0  # seconds after which a failure is forgotten
+_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own for names: no vowels, no words
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +83,247 @@ def plan(observed: Observed) -> list[Action]:
 
     Several actions for one pod come in the order in which they must be carried out.
     """
-    raise NotImplementedError
+    return _Round(observed).actions()
 
 
 def due(observed: Observed) -> float | None:
     """Seconds until time alone changes the plan (a deadline, the end of a back-off); None if never."""
-    raise NotImplementedError
+    this_round = _Round(observed)
+    this_round.actions()
+    return min((time - observed.now for time in this_round.times if time > observed.now), default=None)
+
+
+def lost(pod: Pod, observed: Observed) -> str:
+    """Why nothing more is to be expected of a pod; "" unless its node is gone and its agent does not answer."""
+    since, word = _node_trouble(pod, observed)
+    return word if pod.agent is None and since is not None and observed.now >= since else ""
+
+
+def misplaced(pod: Pod, observed: Observed) -> tuple[str, str]:
+    """(reason, words) if a pod must leave its node, though its agent may work there; else ("", "")."""
+    node = observed.nodes.get(pod.node)
+    since, word = _node_trouble(pod, observed)
+    if since is not None and observed.now >= since:
+        return reasons.NODE_NOT_READY, word
+    if node is not None and node.unschedulable:
+        return reasons.NODE_CORDONED, f"node {pod.node} is cordoned"
+    return "", ""
+
+
+def outdated(pod: Pod, observed: Observed) -> bool:
+    return pod.revision != observed.revision
+
+
+def leaving(pod: Pod) -> bool:
+    """It drains or is drained, whoever asked for it."""
+    asked = pod.draining_since is not None or not pod.undrained
+    return asked or (pod.agent is not None and pod.agent.state in ("draining", "drained"))
+
+
+def _node_trouble(pod: Pod, observed: Observed) -> tuple[float | None, str]:
+    """From when on the pod's node counts as gone, and why."""
+    if not pod.node:
+        return None, ""
+    node = observed.nodes.get(pod.node)
+    if node is None:
+        return (pod.scheduled or pod.created) + NODE_LAG, f"node {pod.node} is gone"
+    if not node.ready:
+        return node.since + NODE_PATIENCE, f"node {pod.node} is not ready for {NODE_PATIENCE:.0f} s"
+    return None, ""
+
+
+class _Round:
+    """One look at one service. ``times`` are the moments at which another one would see something else."""
+
+    def __init__(self, observed: Observed) -> None:
+        self.observed = observed
+        self.times: list[float] = []
+        spec = observed.service.spec
+        self.timeout = float((DrainSpec() if spec is None else spec.drain).timeout_seconds)
+
+    def actions(self) -> list[Action]:
+        service = self.observed.service
+        if service.paused or (service.spec is None and not service.deleting):
+            return []
+        gone: list[Pod] = []
+        going: list[Pod] = []
+        staying: list[Pod] = []
+        for pod in self.observed.pods:
+            if (since := _node_trouble(pod, self.observed)[0]) is not None:
+                self.times.append(since)
+            if pod.deleting or pod.finished or lost(pod, self.observed):
+                gone.append(pod)
+            else:
+                (going if leaving(pod) else staying).append(pod)
+
+        waiting = self._waiting(gone)
+        actions = [action for pod in gone for action in self._bury(pod, wait=waiting > 0)]
+        actions += [action for pod in going for action in self._see_off(pod)]
+        if service.deleting:
+            words = "the LLMService is deleted"
+            return actions + [self._send_off(pod, reasons.SERVICE_DELETED, words) for pod in staying]
+        bad = {pod.name: why for pod in staying if (why := self._bad(pod)) is not None}
+        by_worth = sorted(staying, key=self._worth)
+        return [*actions, *self._create(by_worth, bad, gone + going, waiting), *self._remove(by_worth, bad)]
+
+    # ── Those that are no more ────────────────────────────────────────────────────────────────────
+
+    def _bury(self, pod: Pod, *, wait: bool) -> list[Action]:
+        """Delete what will not end by itself."""
+        if why := lost(pod, self.observed):
+            return [Delete(pod, reasons.NODE_LOST, why, force=True)]
+        if pod.finished and not pod.deleting and (leaving(pod) or not wait):
+            return [Delete(pod, reasons.AGENT_FAILED, f"{pod.problem or pod.phase}: {pod.message}")]
+        return []
+
+    def _waiting(self, gone: list[Pod]) -> int:
+        """How many failed pods are not replaced yet; they stay until then, for people to look at.
+
+        A pod that fails again and again, for its node refuses it, would otherwise be made anew without end.
+        """
+        failed = [
+            pod
+            for pod in gone
+            if pod.finished and not (pod.deleting or leaving(pod) or lost(pod, self.observed))
+        ]
+        before = sorted(self._failures())
+        if not failed or not before or self.observed.service.deleting:
+            return 0
+        until = before[-1] + min(BACKOFF_LONGEST, BACKOFF_FIRST * 2 ** (len(before) - 1))
+        self.times.append(until)
+        return len(failed) if self.observed.now < until else 0
+
+    def _failures(self) -> Iterator[float]:
+        """When failed pods were last replaced, from the decisions in the status."""
+        decisions: Iterable[Mapping[str, Any]] = self.observed.service.status.get("decisions") or ()
+        for decision in decisions:
+            if (decision.get("action"), decision.get("reason")) == (Delete.__name__, reasons.AGENT_FAILED):
+                time = seconds(decision.get("time"))
+                if time is not None and self.observed.now - time < BACKOFF_MEMORY:
+                    yield time
+
+    # ── Those that go ─────────────────────────────────────────────────────────────────────────────
+
+    def _send_off(self, pod: Pod, reason: str, message: str) -> Action:
+        """The first step out: a drain where there may be work, deletion where no agent runs."""
+        if pod.started:
+            return Drain(pod, reason, message, self.timeout)
+        return Delete(pod, reason, f"{message}; no agent runs in it")
+
+    def _see_off(self, pod: Pod) -> list[Action]:
+        """The next step of a drain that has begun."""
+        reason = pod.drain_reason or reasons.AGENT_LEAVING
+        if not pod.undrained:
+            return [Delete(pod, reason, "it is drained")]
+        state = None if pod.agent is None else pod.agent.state
+        since = pod.draining_since
+        if since is None:  # somebody else has asked the agent; from here on it is ours
+            return [Drain(pod, reason, "its agent drains", self.timeout)]
+        deadline = since + self.timeout
+        self.times.append(deadline + REPORT_SECONDS)
+        if state == "drained":
+            end = "it is drained"
+        elif state == "failed":
+            end = "its engine has failed: there is nothing left to drain"
+        elif state is None and not pod.running:
+            end = "its agent does not run: there is nothing left to drain"
+        elif self.observed.now >= deadline + REPORT_SECONDS:
+            end = f"it did not drain within {self.timeout:.0f} s"
+        elif state in ("ready", "starting"):  # the request was lost, or the agent has been restarted since
+            left = max(0.0, deadline - self.observed.now)
+            return [Drain(pod, reason, "its agent has not begun to drain", left)]
+        else:
+            return []
+        return [Release(pod), Delete(pod, reason, end)]
+
+    # ── Those that come, and those that are too many ──────────────────────────────────────────────
+
+    def _create(
+        self, staying: list[Pod], bad: Mapping[str, tuple[str, str]], left: list[Pod], waiting: int
+    ) -> list[Action]:
+        spec = self.observed.service.spec
+        assert spec is not None, "without a spec nothing is planned"
+        good = len(staying) - len(bad)
+        missing = spec.replicas - good - waiting
+        room = spec.replicas + spec.rollout.max_surge - len(staying) - waiting
+        causes = [bad[pod.name] for pod in staying if pod.name in bad]
+        causes += [
+            (reasons.AGENT_LEAVING, f"{pod.name} is gone")
+            for pod in left
+            if pod.drain_reason in ("", reasons.AGENT_LEAVING)  # and not sent off by a decision
+        ]
+        words = f"{spec.replicas} agents are wanted, {good} are there"
+        causes += [(reasons.SCALE_OUT, words)] * missing
+        names = _free_names(self.observed)
+        return [Create(next(names), *cause) for cause in causes[: max(0, min(missing, room))]]
+
+    def _remove(self, staying: list[Pod], bad: Mapping[str, tuple[str, str]]) -> list[Action]:
+        spec = self.observed.service.spec
+        assert spec is not None, "without a spec nothing is planned"
+        good = [pod for pod in staying if pod.name not in bad]
+        words = f"{spec.replicas} agents are wanted, {len(good)} are there; this one is missed least"
+        causes = dict(bad)
+        causes |= {pod.name: (reasons.SCALE_IN, words) for pod in good[: max(0, len(good) - spec.replicas)]}
+        spare = sum(pod.ready for pod in staying) - (spec.replicas - spec.rollout.max_unavailable)
+        actions: list[Action] = []
+        for pod in staying:
+            if pod.name not in causes or (pod.ready and spare <= 0):
+                continue
+            if _works(pod) and spare < 0:  # out of the Endpoints at the moment, but perhaps not for long
+                continue
+            spare -= pod.ready
+            reason, why = causes[pod.name]
+            actions.append(self._send_off(pod, reason, f"{why} ({_load(pod)})"))
+        return actions
+
+    def _bad(self, pod: Pod) -> tuple[str, str] | None:
+        """Why a pod that stays must be replaced."""
+        reason, words = misplaced(pod, self.observed)
+        if reason:
+            return reason, words
+        if outdated(pod, self.observed):
+            return reasons.ROLLOUT, f"revision {self.observed.revision} replaces {pod.revision or 'none'}"
+        return None
+
+    def _worth(self, pod: Pod) -> tuple[Any, ...]:
+        """Missed least comes first: on a bad node, old, not serving, idlest, emptiest, coldest, youngest."""
+        agent = pod.agent
+        return (
+            not misplaced(pod, self.observed)[0],
+            not outdated(pod, self.observed),
+            pod.ready,
+            0 if agent is None else agent.running + agent.waiting,
+            0 if agent is None else agent.device_tier.active,
+            0 if agent is None else agent.device_tier.cached,
+            -pod.created,
+            pod.name,
+        )
+
+
+def _works(pod: Pod) -> bool:
+    """Its agent says that it serves, whatever the pod's condition says at the moment."""
+    return pod.agent is not None and pod.agent.state == "ready"
+
+
+def _load(pod: Pod) -> str:
+    agent = pod.agent
+    if agent is None:
+        return "no report"
+    tier = agent.device_tier
+    return f"{agent.running + agent.waiting} requests, {tier.active} of {tier.total} blocks"
+
+
+def _free_names(observed: Observed) -> Iterator[str]:
+    """Names for new pods: always the same ones in the same order, without those that exist."""
+    taken = {pod.name for pod in observed.pods}
+    for slot in itertools.count():
+        facts = f"{observed.service.uid} {observed.revision} {slot}"
+        number = int.from_bytes(hashlib.sha256(facts.encode()).digest())
+        letters = ""
+        for _ in range(5):
+            number, letter = divmod(number, len(_ALPHABET))
+            letters += _ALPHABET[letter]
+        name = f"{observed.service.name}-{letters}"
+        if name not in taken:
+            taken.add(name)
+            yield name

@@ -1,0 +1,34 @@
+"""The reasons in conditions and decisions, which scripts and alerts rely on: CamelCase, and never changed."""
+
+from __future__ import annotations
+
+# Why an agent comes or goes.
+SCALE_OUT = "ScaleOut"
+SCALE_IN = "ScaleIn"
+ROLLOUT = "Rollout"
+NODE_CORDONED = "NodeCordoned"
+NODE_NOT_READY = "NodeNotReady"
+NODE_LOST = "NodeLost"
+AGENT_FAILED = "AgentFailed"
+AGENT_LEAVING = "AgentLeaving"  # it drains or terminates although nobody here asked for it
+SERVICE_DELETED = "ServiceDeleted"
+
+# Why conditions are what they are.
+ALL_READY = "AllReady"
+SCALED_TO_ZERO = "ScaledToZero"
+INVALID_SPEC = "InvalidSpec"
+PAUSED = "Paused"
+DELETING = "Deleting"
+REFUSED = "Refused"
+UNSCHEDULABLE = "Unschedulable"
+AGENTS_NOT_READY = "AgentsNotReady"
+GATEWAY_NOT_READY = "GatewayNotReady"
+SCALING = "Scaling"
+ROLLING_OUT = "RollingOut"
+REPLACING = "Replacing"
+DRAINING = "Draining"
+STABLE = "Stable"
+HEALTHY = "Healthy"
+IN_BALANCE = "InBalance"
+OUT_OF_BALANCE = "OutOfBalance"
+NO_REPORTS = "NoReports"
