@@ -175,7 +175,7 @@ class Reconciler:
             raise problem
 
     def _read(self, service: Service) -> tuple[Service, str, list[Raw]]:
-        """The service, its revision, its companions; a template that does not fit makes the spec unreadable."""
+        """The service, its revision, its companions; with a template that does not fit, no readable spec."""
         if service.spec is None:
             return service, "", []
         try:
