@@ -1,0 +1,124 @@
+"""Beam search: ids and scores equal transformers' generate(num_beams=...)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from blockyard.engine.config import EngineConfig
+from blockyard.engine.engine import Engine
+from blockyard.engine.outputs import SequenceOutput
+from blockyard.engine.sampling_params import SamplingParams
+from transformers import PreTrainedModel
+
+from .models import load_reference, make_model
+
+EOS = 2
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Flat enough that beams end, split and meet; the end of text is made likely."""
+    path = make_model("llama", tmp_path_factory.mktemp("beam"), initializer_range=0.12)
+    reference = load_reference(path)
+    with torch.no_grad():
+        reference.lm_head.weight[EOS] *= 2.5
+    reference.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> PreTrainedModel:
+    return load_reference(model)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Engine:
+    return Engine(EngineConfig(model=str(model), device="cpu", kv_blocks=400, block_tokens=8))
+
+
+def transformers_beams(
+    reference: PreTrainedModel, prompt: list[int], width: int, **settings: object
+) -> list[tuple[list[int], float]]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **settings,
+        )
+    beams = []
+    for row, score in zip(
+        out.sequences[:, len(prompt) :].tolist(), out.sequences_scores.tolist(), strict=True
+    ):
+        end = row.index(EOS) if EOS in row else len(row)
+        beams.append((row[:end], score))
+    return beams
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 160, (n,), generator=generator).tolist() for n in (1, 8, 30)]
+
+
+def run(engine: Engine, params: SamplingParams) -> dict[str, list[SequenceOutput]]:
+    """All prompts at once, so that the beams of several requests share each step."""
+    outputs: dict[str, list[SequenceOutput]] = {}
+    for i, prompt in enumerate(prompts()):
+        engine.add_request(str(i), prompt, params)
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        engine.check()
+    assert engine.stats().device.active == 0
+    return outputs
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0, 2.0])
+@pytest.mark.parametrize("width", [2, 5])
+def test_beams_equal_transformers(
+    engine: Engine, reference: PreTrainedModel, width: int, length_penalty: float, early_stopping: bool
+) -> None:
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        n=width,
+        best_of=width,
+        beam_search=True,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+    )
+    outputs = run(engine, params)
+    ended = 0
+    for i, prompt in enumerate(prompts()):
+        expected = transformers_beams(
+            reference, prompt, width, length_penalty=length_penalty, early_stopping=early_stopping
+        )
+        got = outputs[str(i)]
+        assert [o.index for o in got] == list(range(width))
+        assert [o.token_ids for o in got] == [ids for ids, _ in expected]
+        assert [o.cumulative_logprob for o in got] == pytest.approx([s for _, s in expected], abs=2e-4)
+        ended += sum(len(ids) < MAX_TOKENS for ids, _ in expected)
+        assert all((o.finish_reason == "stop") == (len(o.token_ids) < MAX_TOKENS) for o in got)
+    # With a high length penalty the longest beams win.
+    assert ended > 0 or length_penalty > 1, (
+        "no beam ended before its last token: nothing of interest was compared"
+    )
+
+
+def test_n_is_how_many_of_the_beams_are_sent(engine: Engine) -> None:
+    wide = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, n=4, best_of=4, beam_search=True)
+    few = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, n=2, best_of=4, beam_search=True)
+    best = {key: [o.token_ids for o in outputs[:2]] for key, outputs in run(engine, wide).items()}
+    assert {key: [o.token_ids for o in outputs] for key, outputs in run(engine, few).items()} == best
