@@ -123,6 +123,9 @@ class PrefixLog:
     def __len__(self) -> int:
         return len(self._used)
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._used)
+
     def resize(self, pool_tokens: int) -> None:
         """From now on remember about as much text as so many tokens are."""
         self._room = pool_tokens * CHARACTERS_PER_TOKEN
@@ -203,6 +206,9 @@ class PrefixMirror:
 
     def __len__(self) -> int:
         return len(self._used)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._used)
 
     def update(self, report: PrefixReport) -> None:
         """Take over a report that was asked for with this mirror's version and incarnation.

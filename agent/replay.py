@@ -53,6 +53,7 @@ class Ledger:
     def __init__(self) -> None:
         self.replaying = False
         self.sent_anything = False
+        self._usage_sent = False  # by the one event without choices, after all others
         self._choices: dict[int, _Choice] = {}
         self._head: dict[str, Any] = {}  # what names the stream: id and created of its first event
 
@@ -81,8 +82,9 @@ class Ledger:
             kept = [choice for choice in event["choices"] if self._advance(choice)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BrokenStream(f"an event that is none: {data[:200]!r} ({error!r})") from None
-        if event["choices"] and not kept:
+        if not kept and (event["choices"] or self._usage_sent):
             return b""
+        self._usage_sent = not event["choices"]
         self.sent_anything = True
         if not self.replaying:
             return data
