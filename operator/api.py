@@ -48,6 +48,14 @@ def bytes_of(quantity: str) -> int:
     return int(float(number) * _UNITS[quantity[len(number) :]])
 
 
+def quantity(size: int) -> str:
+    """Bytes as a Quantity for people: two or more digits of the largest binary unit."""
+    for unit in ("Ti", "Gi", "Mi", "Ki"):
+        if size >= 10 * _UNITS[unit]:
+            return f"{size // _UNITS[unit]}{unit}"
+    return str(size)
+
+
 class Rule(NamedTuple):
     """What must hold of an object: in CEL and in Python, what is said if it does not, and of which field."""
 

@@ -94,7 +94,7 @@ def due(observed: Observed) -> float | None:
 
 
 def lost(pod: Pod, observed: Observed) -> str:
-    """Why nothing more is to be expected of a pod; "" unless its node is gone and its agent does not answer."""
+    """Why a pod is given up; "" unless its node is gone and its agent does not answer."""
     since, word = _node_trouble(pod, observed)
     return word if pod.agent is None and since is not None and observed.now >= since else ""
 

@@ -1,12 +1,27 @@
-"""The status of an LLMService, computed from what is there, in this one place."""
+"""The status of an LLMService, computed from what is there, in this one place.
+
+Conditions: Ready says whether requests are served as asked, Progressing whether something is being changed,
+Degraded whether a person should look, Balanced whether no agent is short of blocks while another one has some
+to spare. Messages hold no number that changes by itself, such as an age: a status is written when it differs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from .observed import Observed
-from .replicas import Action
+from . import reasons
+from .api import AgentLine, Condition, Decision, LLMServiceStatus, PoolStatus, TierPool, quantity
+from .children import selector, url
+from .observed import PAUSED, Observed, Pod, stamp
+from .replicas import Action, Create, Release, leaving, lost, misplaced, outdated
+
+LONGEST_MESSAGE = 1024
+MOST_AGENTS = 64
+MOST_DECISIONS = 16
+
+_Truth = Literal["True", "False", "Unknown"]
+_Verdict = tuple[_Truth, str, str]  # status, reason, message
 
 
 def compute(observed: Observed, actions: Sequence[Action], previous: Mapping[str, Any]) -> dict[str, Any]:
@@ -14,7 +29,34 @@ def compute(observed: Observed, actions: Sequence[Action], previous: Mapping[str
 
     Equal to ``previous`` when nothing has changed: write only if it differs.
     """
-    raise NotImplementedError
+    service = observed.service
+    view = _View(observed)
+    device = [pod.agent.device_tier for pod in view.present if pod.agent is not None]
+    host = [pod.agent.host_tier for pod in view.present if pod.agent is not None]
+    verdicts = {
+        "Ready": view.ready_verdict(),
+        "Progressing": view.progressing_verdict(),
+        "Degraded": view.degraded_verdict(),
+        "Balanced": view.balanced_verdict(),
+    }
+    status = LLMServiceStatus(
+        observed_generation=service.generation,
+        conditions=list(_conditions(observed, verdicts, previous)),
+        replicas=len(view.staying),
+        ready_replicas=len(view.ready),
+        updated_replicas=sum(not outdated(pod, observed) for pod in view.staying),
+        ready_gateways=observed.gateway_ready,
+        selector=",".join(f"{name}={value}" for name, value in selector(service).items()),
+        revision=observed.revision or previous.get("revision", ""),
+        url=previous.get("url", "") if service.spec is None else url(service),
+        running=sum(pod.agent.running for pod in view.present if pod.agent is not None),
+        waiting=sum(pod.agent.waiting for pod in view.present if pod.agent is not None),
+        used_percent=_percent(sum(tier.active for tier in device), sum(tier.total for tier in device)),
+        pool=PoolStatus(device=_pool(device), host=_pool(host)),
+        agents=_lines(observed),
+        decisions=_decisions(observed, actions, previous),
+    )
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def urgent(status: Mapping[str, Any], previous: Mapping[str, Any]) -> bool:
@@ -22,4 +64,228 @@ def urgent(status: Mapping[str, Any], previous: Mapping[str, Any]) -> bool:
 
     Load alone changes all the time while requests run: write it at most every few seconds.
     """
-    raise NotImplementedError
+    return _without_load(status) != _without_load(previous)
+
+
+def _without_load(status: Mapping[str, Any]) -> dict[str, Any]:
+    load = {"running", "waiting", "usedPercent", "cachedPercent", "hitPercent", "free", "cached", "active"}
+
+    def strip(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in part.items() if name not in load}
+
+    found = strip(status)
+    found["conditions"] = [each for each in status.get("conditions") or () if each["type"] != "Balanced"]
+    found["pool"] = {tier: strip(numbers) for tier, numbers in (status.get("pool") or {}).items()}
+    found["agents"] = [strip(line) for line in status.get("agents") or ()]
+    return found
+
+
+# ── Conditions ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _View:
+    """The pods by what they mean to the service."""
+
+    def __init__(self, observed: Observed) -> None:
+        self.observed = observed
+        self.spec = observed.service.spec
+        self.present = [
+            pod for pod in observed.pods if not (pod.deleting or pod.finished or lost(pod, observed))
+        ]
+        self.staying = [pod for pod in self.present if not leaving(pod)]
+        self.going = [pod for pod in self.present if leaving(pod)]
+        self.ready = [pod for pod in self.staying if pod.ready]
+        self.troubles = list(self._troubles())
+
+    def _troubles(self) -> Iterator[tuple[str, str]]:
+        """(reason, message) of all that keeps agents from serving, in the cluster's own words."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for pod in self.observed.pods:
+            if why := lost(pod, self.observed):
+                found.setdefault(reasons.NODE_LOST, []).append((pod.name, why))
+            elif pod.problem and not (pod.deleting or leaving(pod)):
+                reason = reasons.AGENT_FAILED if pod.finished else pod.problem
+                words = f"{pod.problem}: {pod.message}" if pod.finished else pod.message
+                found.setdefault(reason, []).append((pod.name, words))
+            elif pod.agent is not None and pod.agent.state == "failed" and not pod.deleting:
+                found.setdefault(reasons.AGENT_FAILED, []).append((pod.name, "its engine has failed"))
+        for reason, pods in found.items():
+            more = f" and {len(pods) - 1} more" if len(pods) > 1 else ""
+            yield reason, f"agent {pods[0][0]}{more}: {reason}: {pods[0][1]}"
+
+    @property
+    def counted(self) -> str:
+        return f"{len(self.ready)} of {0 if self.spec is None else self.spec.replicas} agents are ready"
+
+    def ready_verdict(self) -> _Verdict:
+        service = self.observed.service
+        if service.deleting:
+            return "False", reasons.DELETING, "the LLMService is being deleted"
+        if self.spec is None:
+            return "False", reasons.INVALID_SPEC, service.problem
+        if self.spec.replicas == 0:
+            return "True", reasons.SCALED_TO_ZERO, "no agents are wanted"
+        enough = max(1, self.spec.replicas - self.spec.rollout.max_unavailable)
+        if len(self.ready) < enough:
+            if self.observed.refused:
+                return "False", reasons.REFUSED, f"{self.counted}; {self.observed.refused}"
+            if self.troubles:
+                return "False", self.troubles[0][0], self._with_troubles(self.counted)
+            return "False", reasons.AGENTS_NOT_READY, self.counted
+        if self.spec.gateway.replicas and not self.observed.gateway_ready:
+            words = f"{self.counted}, but no pod of Deployment {service.name}-gateway is"
+            return "False", reasons.GATEWAY_NOT_READY, words
+        return "True", reasons.ALL_READY, self.counted
+
+    def progressing_verdict(self) -> _Verdict:
+        service, observed = self.observed.service, self.observed
+        if service.paused:
+            return "False", reasons.PAUSED, f"nothing is changed while annotation {PAUSED} is true"
+        if service.deleting:
+            count = len(observed.pods)
+            return "True", reasons.DELETING, f"{count} agents are left, {len(self.going)} of them drain"
+        if self.spec is None:
+            return "False", reasons.INVALID_SPEC, "nothing is changed until the spec can be read"
+        wanted = self.spec.replicas
+        old = [pod for pod in self.staying if outdated(pod, observed)]
+        away = [words for pod in self.staying if (words := misplaced(pod, observed)[1])]
+        if old:
+            words = f"{len(self.staying) - len(old)} of {wanted} agents are of revision {observed.revision}"
+            return "True", reasons.ROLLING_OUT, self._with_troubles(words)
+        if away:
+            words = f"{len(away)} agents are to be replaced: {away[0]}"
+            return "True", reasons.REPLACING, self._with_troubles(words)
+        if len(self.staying) != wanted or len(self.ready) != wanted:
+            words = f"{wanted} agents are wanted, {len(self.staying)} are there, {len(self.ready)} are ready"
+            return "True", reasons.SCALING, self._with_troubles(words)
+        if self.going:
+            return "True", reasons.DRAINING, f"{len(self.going)} agents drain: {_names(self.going)}"
+        return "False", reasons.STABLE, "all is as it is wanted"
+
+    def degraded_verdict(self) -> _Verdict:
+        if self.spec is None and not self.observed.service.deleting:
+            return "True", reasons.INVALID_SPEC, self.observed.service.problem
+        if self.observed.refused:
+            return "True", reasons.REFUSED, self.observed.refused
+        if self.troubles:
+            return "True", self.troubles[0][0], "; ".join(words for _, words in self.troubles)
+        return "False", reasons.HEALTHY, "no agent has a problem"
+
+    def balanced_verdict(self) -> _Verdict:
+        used = {
+            pod.name: _percent(pod.agent.device_tier.active, pod.agent.device_tier.total)
+            for pod in self.ready
+            if pod.agent is not None and pod.agent.device_tier.total
+        }
+        if self.spec is None or not used:
+            return "Unknown", reasons.NO_REPORTS, "no agent has reported its pool"
+        low, high = self.spec.balance.low_watermark_percent, self.spec.balance.high_watermark_percent
+        fullest, emptiest = max(used, key=lambda name: used[name]), min(used, key=lambda name: used[name])
+        if used[fullest] > high and used[emptiest] < low:
+            words = (
+                f"{fullest} uses {used[fullest]} % of its blocks (above {high} %) while {emptiest} uses "
+                f"{used[emptiest]} % (below {low} %)"
+            )
+            return "False", reasons.OUT_OF_BALANCE, words
+        return "True", reasons.IN_BALANCE, "no agent is short of blocks while another one has blocks to spare"
+
+    def _with_troubles(self, words: str) -> str:
+        return "; ".join((words, *(trouble for _, trouble in self.troubles)))
+
+
+def _conditions(
+    observed: Observed, verdicts: Mapping[str, _Verdict], previous: Mapping[str, Any]
+) -> Iterator[Condition]:
+    before = {each["type"]: each for each in previous.get("conditions") or ()}
+    for kind, (truth, reason, message) in verdicts.items():
+        old = before.get(kind, {})
+        same = old.get("status") == truth and old.get("lastTransitionTime")
+        yield Condition(
+            type=kind,
+            status=truth,
+            observed_generation=observed.service.generation,
+            last_transition_time=old["lastTransitionTime"] if same else stamp(observed.now),
+            reason=reason,
+            message=_short(message),
+        )
+
+
+# ── The other parts ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _lines(observed: Observed) -> list[AgentLine]:
+    lines = [_line(pod, observed) for pod in observed.pods]
+    if len(lines) > MOST_AGENTS:
+        lines.sort(key=lambda line: (not line.message, line.state == "Ready", -line.used_percent, line.name))
+    return sorted(lines[:MOST_AGENTS], key=lambda line: line.name)
+
+
+def _line(pod: Pod, observed: Observed) -> AgentLine:
+    gone = lost(pod, observed)
+    line = AgentLine(
+        name=pod.name,
+        node=pod.node,
+        state="Unknown" if gone else pod.state,
+        revision=pod.revision,
+        message=_short(gone or _trouble(pod) or misplaced(pod, observed)[1]),
+    )
+    agent = pod.agent
+    if agent is not None:
+        line.running, line.waiting = agent.running, agent.waiting
+        line.used_percent = _percent(agent.device_tier.active, agent.device_tier.total)
+        line.cached_percent = _percent(agent.device_tier.cached, agent.device_tier.total)
+        line.hit_percent = _percent(agent.prefix_hits, agent.prefix_queries)
+    return line
+
+
+def _trouble(pod: Pod) -> str:
+    if pod.problem:
+        return f"{pod.problem}: {pod.message}"
+    if pod.running and pod.report is not None and pod.report.error:
+        return "its status cannot be read"
+    if leaving(pod) and pod.drain_reason:
+        return f"leaves: {pod.drain_reason}"
+    return f"was restarted {pod.restarts} times" if pod.restarts else ""
+
+
+def _decisions(observed: Observed, actions: Iterable[Action], previous: Mapping[str, Any]) -> list[Decision]:
+    """The newest first. A step that is only tried again is no new decision."""
+    found = [Decision.model_validate(each) for each in previous.get("decisions") or ()]
+    for action in actions:
+        if isinstance(action, Release):
+            continue
+        name = action.name if isinstance(action, Create) else action.pod.name
+        decision = Decision(
+            time=stamp(observed.now),
+            action=type(action).__name__,
+            agent=name,
+            reason=action.reason,
+            message=_short(action.message),
+        )
+        last = next((each for each in found if each.agent == name), None)
+        if last is None or (last.action, last.reason) != (decision.action, decision.reason):
+            found.insert(0, decision)
+    return found[:MOST_DECISIONS]
+
+
+def _pool(tiers: Sequence[Any]) -> TierPool:
+    return TierPool(
+        total=sum(tier.total for tier in tiers),
+        free=sum(tier.free for tier in tiers),
+        cached=sum(tier.cached for tier in tiers),
+        active=sum(tier.active for tier in tiers),
+        size=quantity(sum(tier.total * tier.block_bytes for tier in tiers)),
+    )
+
+
+def _percent(part: int, whole: int) -> int:
+    return round(100 * part / whole) if whole else 0
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 3]}..."
+
+
+def _names(pods: Sequence[Pod]) -> str:
+    """At most three of them."""
+    return ", ".join(pod.name for pod in pods[:3]) + (", ..." if len(pods) > 3 else "")
