@@ -25,6 +25,7 @@ constexpr int kKeys = 64;          // keys of a tile: their scores stay in regis
 constexpr int kQueryRows = 96;     // rows (queries x group) of a tile that share one transposed key tile
 constexpr int kFewRows = 4;        // up to here scores are dot products, above a product with transposed keys
 constexpr int64_t kMinRange = 256; // keys below which a range is not worth a merge
+constexpr int kPrefetchLocality = 2;  // the second-level cache: a tile of K and V fills the first
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 struct Item {
@@ -39,10 +40,32 @@ struct Cache {
   int64_t block, kind, head, token;  // strides
   int64_t block_tokens;
   int dim, padded;
+};
 
-  const T* row(const int32_t* table, int64_t position, int which, int h) const {
-    return data + table[position / block_tokens] * block + which * kind + h * head +
-           position % block_tokens * token;
+// Where the K (index 0) and V (1) rows of a tile of keys lie in the cache.
+template <typename T>
+struct Tile {
+  const T* rows[2][kKeys];
+  int count = 0;
+
+  void find(const Cache<T>& kv, const int32_t* table, int head, int64_t from, int64_t to) {
+    count = static_cast<int>(std::clamp<int64_t>(to - from, 0, kKeys));
+    for (int t = 0; t < count;) {
+      const int64_t offset = (from + t) % kv.block_tokens;
+      const int end = static_cast<int>(std::min<int64_t>(count, t + kv.block_tokens - offset));
+      const T* row = kv.data + table[(from + t) / kv.block_tokens] * kv.block + head * kv.head + offset * kv.token;
+      for (; t < end; ++t, row += kv.token) {
+        rows[0][t] = row;
+        rows[1][t] = row + kv.kind;
+      }
+    }
+  }
+
+  // Blocks lie pages apart, where no hardware prefetcher follows: ask for key t of the tile before it is needed.
+  void prefetch(int t, int dim) const {
+    if (t >= count) return;
+    for (int which = 0; which < 2; ++which)
+      for (int d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(rows[which][t] + d, 0, kPrefetchLocality);
   }
 };
 
@@ -60,11 +83,11 @@ struct Scratch {
   }
 };
 
-// Pointers to float rows of a tile of K (which = 0) or V (1): in place where the cache holds such rows.
+// Pointers to a tile's K (which = 0) or V (1) as rows of floats: in place where the cache holds such rows.
 template <typename T>
-void locate(const Cache<T>& kv, const int32_t* table, int64_t from, int count, int which, int head, Scratch& s) {
-  for (int t = 0; t < count; ++t) {
-    const T* row = kv.row(table, from + t, which, head);
+void read(const Cache<T>& kv, const Tile<T>& tile, int which, Scratch& s) {
+  for (int t = 0; t < tile.count; ++t) {
+    const T* row = tile.rows[which][t];
     if constexpr (std::is_same_v<T, float>) {
       if (kv.dim == kv.padded) {
         s.pointer[which][t] = row;
@@ -77,10 +100,11 @@ void locate(const Cache<T>& kv, const int32_t* table, int64_t from, int count, i
   }
 }
 
-template <int Rows>
-void dot_products(const float* q, const float* const* keys, int count, int padded, float* scores) {
+template <int Rows, typename Ahead>
+void dot_products(const float* q, const float* const* keys, int count, int padded, float* scores, Ahead ahead) {
   int t = 0;
   for (; t + 4 <= count; t += 4) {
+    for (int j = 0; j < 4; ++j) ahead(t + j);
     Vec sums[Rows][4] = {};
     for (int d = 0; d < padded; d += kLanes) {
       Vec k[4];
@@ -101,18 +125,22 @@ void dot_products(const float* q, const float* const* keys, int count, int padde
     }
 }
 
-void score(const float* q, int rows, const float* const* keys, int count, int padded, Scratch& s) {
+// Scores of `rows` queries and `count` keys; calls ahead(t) on the way, once for each key.
+template <typename Ahead>
+void score(const float* q, int rows, const float* const* keys, int count, int padded, Scratch& s, Ahead ahead) {
   float* scores = s.scores.data();
   switch (rows) {
-    case 1: return dot_products<1>(q, keys, count, padded, scores);
-    case 2: return dot_products<2>(q, keys, count, padded, scores);
-    case 3: return dot_products<3>(q, keys, count, padded, scores);
-    case 4: return dot_products<4>(q, keys, count, padded, scores);
+    case 1: return dot_products<1>(q, keys, count, padded, scores, ahead);
+    case 2: return dot_products<2>(q, keys, count, padded, scores, ahead);
+    case 3: return dot_products<3>(q, keys, count, padded, scores, ahead);
+    case 4: return dot_products<4>(q, keys, count, padded, scores, ahead);
     default: break;
   }
   float* transposed = s.keys.data();  // [padded][kKeys]
-  for (int t = 0; t < count; ++t)
+  for (int t = 0; t < count; ++t) {
+    ahead(t);
     for (int d = 0; d < padded; ++d) transposed[d * kKeys + t] = keys[t][d];
+  }
   const StridedRows b{transposed, kKeys};
   constexpr int kStep = 6;
   for (int r = 0; r < rows; r += kStep)
@@ -174,11 +202,15 @@ void attend(const Cache<T>& kv, const int32_t* table, const Item& item, int grou
   std::fill_n(s.out.data(), static_cast<size_t>(rows) * padded, 0.0f);
   std::fill_n(s.high.data(), rows, kNone);
   std::fill_n(s.sum.data(), rows, 0.0f);
+  Tile<T> tile, next;
+  next.find(kv, table, item.head, item.from, item.to);
   for (int64_t from = item.from; from < item.to; from += kKeys) {
-    const int count = static_cast<int>(std::min<int64_t>(kKeys, item.to - from));
-    locate(kv, table, from, count, 0, item.head, s);
-    locate(kv, table, from, count, 1, item.head, s);
-    score(s.q.data(), rows, s.pointer[0], count, padded, s);
+    tile = next;
+    next.find(kv, table, item.head, from + kKeys, item.to);
+    const int count = tile.count;
+    read(kv, tile, 0, s);
+    read(kv, tile, 1, s);
+    score(s.q.data(), rows, s.pointer[0], count, padded, s, [&](int t) { next.prefetch(t, kv.dim); });
     for (int r = 0; r < rows; ++r) {
       int visible = count;
       if (causal) visible = static_cast<int>(std::clamp<int64_t>(first_visible + r / group - from, 0, count));
