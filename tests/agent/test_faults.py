@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -82,19 +83,26 @@ def test_an_engine_killed_while_it_loads_ends_the_agent(start_agent: Start) -> N
     assert "exit code -9" in agent.errors()
 
 
-def test_the_engine_goes_when_the_http_process_is_killed(start_agent: Start) -> None:
+def test_the_engine_goes_when_the_http_process_is_killed_even_in_a_step_that_does_not_end(
+    start_agent: Start,
+) -> None:
     agent = start_agent()
     engine = agent.engine_pid()
 
     async def run() -> None:
         async with session() as client:
             streamed = await stream(client, agent.url, ask(LONG))
+            os.kill(engine, signal.SIGSTOP)
             agent.process.kill()
             with pytest.raises(aiohttp.ClientError):
                 await streamed.read()
 
-    go(run())
-    wait_for_end(engine)
+    try:
+        go(run())
+        wait_for_end(engine)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(engine, signal.SIGCONT)  # else it would stay for ever where this has failed
 
 
 # ── Signals ───────────────────────────────────────────────────────────────────────────────────────
@@ -277,6 +285,32 @@ def test_a_body_that_does_not_come_is_not_waited_for(small: AgentProcess) -> Non
     assert (response.status, error["code"]) == (408, "body_timeout")
     assert "client_timeout" in error["message"]
     connection.close()
+
+
+def test_requests_that_were_preempted_are_answered_and_counted_as_if_alone(start_agent: Start) -> None:
+    agent = start_agent("--kv-blocks", "14", "--max-num-seqs", "4")
+    bodies = [
+        ask(60, temperature=0, prompt=f"Story number {n} of many about the sea, the wind, the stars and {n}:")
+        for n in range(4)
+    ]
+
+    async def run() -> list[Any]:
+        async with session() as client:
+            answers = await asyncio.gather(*(complete(client, agent.url, body) for body in bodies))
+        assert [status for status, _ in answers] == [200] * 4
+        return [answer for _, answer in answers]
+
+    together = asyncio.run(run())
+    assert agent.idle()["preemptions_recompute"] > 0  # else this has tested nothing
+    for body, answer in zip(bodies, together, strict=True):
+        # Nobody else had the prompt, and what a request finds of itself when it comes back is no saving.
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        status, alone = agent.post("/v1/completions", body)
+        assert status == 200
+        assert answer["choices"] == alone["choices"]
+        for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            assert answer["usage"][count] == alone["usage"][count]
+        assert answer["usage"]["completion_tokens"] == 60
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
