@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import nlargest
+from itertools import islice
 
 from .outputs import HotPrefix, TierUsage
 
@@ -218,12 +219,12 @@ class BlockPool:
 
         ``owners`` counts, for each block id, the references that the caller knows to exist. O(blocks).
         """
-        idle = [block.id for block in self._idle]
+        idle = [block.id for block in islice(self._idle, len(self) + 1)]  # a broken list may have no end
+        twice = [i for i, n in Counter(idle).items() if n > 1]
+        assert not twice, f"blocks {twice} are in the idle list twice"
         assert len(idle) == self._idle.size, (
             f"idle list holds {len(idle)} blocks but counts {self._idle.size}"
         )
-        twice = [i for i, n in Counter(idle).items() if n > 1]
-        assert not twice, f"blocks {twice} are in the idle list twice"
         in_list = set(idle)
         cached = 0
         for block in self._blocks:
@@ -246,5 +247,3 @@ class BlockPool:
         assert cached == self._num_cached, f"{cached} blocks are cached but {self._num_cached} are counted"
         lost = [key.hex()[:8] for key in self._hits if key not in self._by_key]
         assert not lost, f"hits are kept for evicted prefixes {lost}"
-        usage = self.usage()
-        assert usage.free + usage.cached + usage.active == usage.total, f"states do not add up: {usage}"

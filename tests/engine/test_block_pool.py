@@ -151,9 +151,13 @@ def _lose_from_idle_list(pool: BlockPool) -> None:
     pool._idle.pop()
 
 
-def _take_twice(pool: BlockPool) -> None:
-    block = pool._blocks[0]
-    pool._idle.remove(block) if block.references == 0 else pool._idle.append(block)
+def _tie_a_knot(pool: BlockPool) -> None:
+    first, second, *_ = pool._idle
+    second.next = first
+
+
+def _take_silently(pool: BlockPool) -> None:
+    pool._idle.append(pool._blocks[0])
 
 
 def _count_wrong(pool: BlockPool) -> None:
@@ -182,19 +186,20 @@ def _stale_hit(pool: BlockPool) -> None:
 
 
 @pytest.mark.parametrize(
-    "corrupt",
+    ("corrupt", "message"),
     [
-        _lose_from_idle_list,
-        _take_twice,
-        _count_wrong,
-        _size_wrong,
-        _leak_reference,
-        _swap_keys,
-        _dangling_key,
-        _stale_hit,
+        (_lose_from_idle_list, "has 0 references and is not in the idle list"),
+        (_tie_a_knot, "in the idle list twice"),
+        (_take_silently, "has 1 references and is in the idle list"),
+        (_count_wrong, "2 blocks are cached but 3 are counted"),
+        (_size_wrong, "idle list holds 4 blocks but counts 5"),
+        (_leak_reference, "block 0 has 2 references but 1 owners"),
+        (_swap_keys, "key leads to another block"),
+        (_dangling_key, "5 keys lead to 4 published blocks"),
+        (_stale_hit, "hits are kept for evicted prefixes"),
     ],
 )
-def test_check_notices(corrupt: Callable[[BlockPool], None]) -> None:
+def test_check_notices(corrupt: Callable[[BlockPool], None], message: str) -> None:
     pool = BlockPool(6)
     held, cached = pool.take(2), pool.take(2)
     for depth, block in enumerate([*held, *cached], 1):
@@ -203,13 +208,21 @@ def test_check_notices(corrupt: Callable[[BlockPool], None]) -> None:
     owners = dict.fromkeys(held, 1)
     pool.check(owners)
     corrupt(pool)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=message):
         pool.check(owners)
 
 
-@pytest.mark.parametrize("owners", [{}, {0: 2, 1: 1}, {0: 1, 1: 1, 5: 1}, {0: 1, 1: 1, 99: 1}])
-def test_check_notices_wrong_owners(owners: dict[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("owners", "message"),
+    [
+        ({}, "block 0 has 1 references but 0 owners"),
+        ({0: 2, 1: 1}, "block 0 has 1 references but 2 owners"),
+        ({0: 1, 1: 1, 5: 1}, "block 5 has 0 references but 1 owners"),
+        ({0: 1, 1: 1, 99: 1}, "outside the pool"),
+    ],
+)
+def test_check_notices_wrong_owners(owners: dict[int, int], message: str) -> None:
     pool = BlockPool(6)
     assert pool.take(2) == [0, 1]
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=message):
         pool.check(owners)
