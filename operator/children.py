@@ -11,7 +11,7 @@ from typing import Any
 
 from .api import API_VERSION, GatewaySpec, LLMServiceSpec, PodTemplate, bytes_of
 from .merge import TemplateError, merge
-from .observed import AGENT, REVISION, SERVICE, UNDRAINED, Service
+from .observed import AGENT, AGENT_PORT, REVISION, SERVICE, UNDRAINED, Service
 
 __all__ = [
     "Defaults",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 GATEWAY = "gateway"  # the container, and the component
-AGENT_PORT, GATEWAY_PORT = 8000, 8080
+GATEWAY_PORT = 8080
 TOKEN_KEY = "token"
 # Beyond the drain, a pod gets so long to say goodbye before it is killed.
 EXIT_SECONDS = 30

@@ -26,6 +26,7 @@ UNDRAINED = (
 DRAINING_SINCE = f"{GROUP}/draining-since"  # annotation of agent pods: a drain has begun, and when
 DRAIN_REASON = f"{GROUP}/drain-reason"  # annotation of agent pods: why
 AGENT = "agent"  # the container in an agent's pod
+AGENT_PORT = 8000  # in a pod, which has an address of its own
 
 # Reasons of a pod's problem that come from its phase or conditions; the others are the kubelet's own.
 UNSCHEDULABLE = "Unschedulable"
@@ -138,6 +139,7 @@ class Pod:
     uid: str
     node: str = ""
     ip: str = ""
+    port: int = AGENT_PORT
     phase: str = "Pending"
     ready: bool = False
     running: bool = False
