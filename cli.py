@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from pydantic_settings import BaseSettings
+
 from . import __version__
+from .agent import gateway
 from .agent.chat_client import chat
+from .agent.gateway_settings import GatewaySettings
 from .agent.server import serve
 from .agent.settings import AgentSettings
 from .engine.errors import EngineError
@@ -27,14 +31,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Every flag is also BLOCKYARD_NAME in the environment, and name in the --config file.",
     )
     agent.add_argument("--config", type=Path, help="settings from a .toml or .json file")
-    for name, field in AgentSettings.model_fields.items():
-        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-        agent.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            metavar=_metavar(field.annotation),
-            help=f"{field.description}{default}",
-        )
+    _add_flags(agent, AgentSettings)
+
+    door = commands.add_parser(
+        "gateway",
+        help="take requests for many agents",
+        description="Every flag is also BLOCKYARD_GATEWAY_NAME in the environment.",
+    )
+    _add_flags(door, GatewaySettings)
 
     talk = commands.add_parser("chat", help="chat with any OpenAI server in the terminal")
     talk.add_argument(
@@ -47,6 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_flags(parser: argparse.ArgumentParser, settings: type[BaseSettings]) -> None:
+    for name, field in settings.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            metavar=_metavar(field.annotation),
+            help=f"{field.description}{default}".replace("%", "%%"),
+        )
+
+
 def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "{" + ",".join(get_args(annotation)) + "}"
@@ -55,19 +70,20 @@ def _metavar(annotation: Any) -> str:
     return "N" if annotation in (int, int | None) else "X" if annotation is float else "TEXT"
 
 
-def _flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        name: value for name in AgentSettings.model_fields if (value := getattr(arguments, name)) is not None
-    }
+def _flags(arguments: argparse.Namespace, settings: type[BaseSettings]) -> dict[str, Any]:
+    return {name: value for name in settings.model_fields if (value := getattr(arguments, name)) is not None}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.command == "agent":
+        if arguments.command != "chat":
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-            return asyncio.run(serve(AgentSettings.load(_flags(arguments), arguments.config)))
+        if arguments.command == "agent":
+            return asyncio.run(serve(AgentSettings.load(_flags(arguments, AgentSettings), arguments.config)))
+        if arguments.command == "gateway":
+            return asyncio.run(gateway.serve(GatewaySettings.load(_flags(arguments, GatewaySettings))))
         options = {
             name: value
             for name in ("temperature", "max_tokens")

@@ -22,7 +22,7 @@ log = logging.getLogger("blockyard.agent")
 
 MAX_REQUEST_ID = 128
 CLIENT_GONE = 499  # in the log only, as nginx does
-_QUIET = ("/status", "/healthz", "/readyz", "/metrics")  # asked all the time by machines
+_QUIET = ("/status", "/prefixes", "/healthz", "/readyz", "/metrics")  # asked all the time by machines
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

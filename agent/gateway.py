@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import signal
 import socket
@@ -23,6 +22,7 @@ import aiohttp
 from aiohttp import web
 
 from ..engine.errors import ConfigError
+from .bearer import bearer, has_token
 from .dispatch import Dispatch, Failure, Pick
 from .envelope import CLIENT_GONE, Handler, Unavailable, described, envelope
 from .fleet_view import FleetView
@@ -109,7 +109,7 @@ class Gateway:
     async def status(self, request: web.Request) -> web.Response:
         """The agents as this gateway sees them."""
         token = self.settings.token
-        if token and not hmac.compare_digest(_bearer(request).encode(), token.encode()):
+        if token and not has_token(request, token):
             raise BadRequest(
                 "/status needs the gateway's own token as Authorization: Bearer",
                 code="invalid_token",
@@ -142,7 +142,7 @@ class Gateway:
         """Whose request it is: by its API key, or what it says itself if there are no keys."""
         if self._keys is None:
             return request.headers.get("x-tenant", "")[: MAX_TENANT + 1]  # agents refuse what is too long
-        tenant = self._keys.tenant(_bearer(request))
+        tenant = self._keys.tenant(bearer(request))
         if tenant is None:
             raise BadRequest(
                 "no valid API key; send one as Authorization: Bearer", code="invalid_api_key", status=401
@@ -443,11 +443,6 @@ def _passed_on(answer: Answer, pick: Pick) -> web.Response:
     return web.Response(
         status=answer.status, body=answer.body, content_type=answer.content_type, headers=_explained(pick)
     )
-
-
-def _bearer(request: web.Request) -> str:
-    kind, _, credential = request.headers.get("Authorization", "").partition(" ")
-    return credential.strip() if kind.lower() == "bearer" else ""
 
 
 async def serve(settings: GatewaySettings) -> int:

@@ -10,10 +10,12 @@ from pydantic.json_schema import models_json_schema
 
 from .. import __version__
 from . import openai_api as api
+from .drain import DrainRequest
+from .prefix_sketch import PrefixReport
 from .protocol import AgentStatus
 
 _REF = "#/components/schemas/{model}"
-_REQUESTS: list[type[BaseModel]] = [api.CompletionRequest, api.ChatRequest, api.TokenizeRequest]
+_REQUESTS: list[type[BaseModel]] = [api.CompletionRequest, api.ChatRequest, api.TokenizeRequest, DrainRequest]
 _RESPONSES: list[type[BaseModel]] = [
     api.CompletionResponse,
     api.ChatResponse,
@@ -21,6 +23,7 @@ _RESPONSES: list[type[BaseModel]] = [
     api.ModelList,
     api.ErrorResponse,
     AgentStatus,
+    PrefixReport,
 ]
 
 
@@ -107,6 +110,26 @@ def document() -> dict[str, Any]:
                     _answer("status", AgentStatus),
                     errors=(400,),
                     parameters=status_parameters,
+                )
+            },
+            "/prefixes": {
+                "get": _operation(
+                    "the prompts served lately, as hashes of their beginnings",
+                    _answer("what was used after since", PrefixReport),
+                    errors=(400,),
+                    parameters=[
+                        _query("since", {"type": "integer"}, "the version that is known"),
+                        _query("incarnation", {"type": "string"}, "and the incarnation it is of"),
+                        status_parameters[1],
+                    ],
+                )
+            },
+            "/drain": {
+                "post": _operation(
+                    "take nothing new, and end what runs within a time; may be repeated",
+                    _answer("status", AgentStatus),
+                    body=DrainRequest,
+                    errors=(400, 408, 413),
                 )
             },
             "/healthz": probe("alive?", 500),

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -25,7 +25,9 @@ from pydantic import BaseModel
 from ..engine.errors import ConfigError, EngineError
 from ..engine.sampling_params import SamplingParams
 from ..engine.tokenizer import Tokenizer
+from .bearer import has_token
 from .completion import ChatShape, Completion, CompletionShape, Piece, Shape
+from .drain import Drain, DrainRequest
 from .engine_client import EngineClient, EngineDied, Generation
 from .envelope import Handler, Unavailable, described, envelope
 from .messages import Ready
@@ -42,6 +44,7 @@ from .openai_api import (
     parse,
 )
 from .openapi import document
+from .prefix_sketch import PrefixLog, chat_parts, prompt_parts, sketch
 from .prepare_model import prepare_in_child
 from .settings import AgentSettings
 from .status_board import StatusBoard
@@ -53,9 +56,11 @@ MAX_TENANT = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 LARGE_TEXT = 1 << 16  # characters above which tokenizing leaves the event loop
 SEND_BUFFER = 1 << 16  # bytes the system may hold for a client; few, so that a stalled one is noticed soon
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # asked without a token, by those who have none
 EXIT_DELAY = 1.0  # seconds in which clients and probes can still learn why the server goes
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
+_HEX = re.compile(r"[0-9a-f]{0,64}")
 _NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
 
 
@@ -69,13 +74,19 @@ class Agent:
         self.metrics = Metrics(self.board.report, settings.public_name)
         self._tokenizer: Tokenizer | None = None
         self._created = int(time.time())
-        self.app = web.Application(middlewares=[envelope], client_max_size=settings.max_body_bytes)
+        self.prefixes = PrefixLog(self.board.incarnation)
+        self._drain = Drain(self.board, self.engine, self.enter, self.cut_off)
+        self.app = web.Application(
+            middlewares=[envelope, self._guard], client_max_size=settings.max_body_bytes
+        )
         routes: list[tuple[str, str, Handler]] = [
             ("GET", "/v1/models", self.models),
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat_completions),
             ("POST", "/tokenize", self.tokenize),
             ("GET", "/status", self.status),
+            ("GET", "/prefixes", self.prefixes_used),
+            ("POST", "/drain", self.drain_by),
             ("GET", "/healthz", self.healthz),
             ("GET", "/readyz", self.readyz),
             ("GET", "/metrics", self.prometheus),
@@ -99,7 +110,9 @@ class Agent:
             self._tokenizer = await reading
         finally:
             reading.cancel()
-        self.enter("ready")
+        self.prefixes.resize(ready.kv_blocks * ready.block_tokens)
+        if self.board.state == "starting":  # else it was told to drain meanwhile
+            self.enter("ready")
         return ready
 
     def enter(self, state: Any) -> None:
@@ -108,9 +121,9 @@ class Agent:
 
     async def drain(self) -> None:
         """Take nothing new; return when all requests have ended."""
-        self.enter("draining")
-        while self.engine.in_flight:
-            await self.board.next_change()
+        if self.board.state != "drained":
+            self.enter("draining")
+        await self._drain.requests_ended()
 
     def cut_off(self, why: str) -> None:
         """End the requests that are left, each with an error that says why."""
@@ -119,17 +132,35 @@ class Agent:
 
     # ── Status, health, metrics, contract ─────────────────────────────────────────────────────────
 
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Whoever cannot be identified gets health and metrics only."""
+        token = self.settings.token
+        if token is not None and request.path not in OPEN_PATHS and not has_token(request, token):
+            raise BadRequest(
+                "this server asks for its token as Authorization: Bearer", code="invalid_token", status=401
+            )
+        return await handler(request)
+
     async def status(self, request: web.Request) -> web.Response:
         """The status; with ?since=VERSION&wait=SECONDS not before it has changed, if it does in time."""
         since = _query(request, "since", _INTEGER, "a whole number")
-        wait = float(_query(request, "wait", _NUMBER, "a number of seconds") or 0)
-        if wait > MAX_STATUS_WAIT:
-            raise BadRequest(
-                f"wait is {wait:g}; it must be at most {MAX_STATUS_WAIT:g} seconds", param="wait"
-            )
+        wait = _wait(request)
         if since is None:
             return _json(self.board.report())
         return _json(await self.board.newer_than(int(since), wait))
+
+    async def prefixes_used(self, request: web.Request) -> web.Response:
+        """Which prompts were served lately; with ?since=VERSION&incarnation=ID what came after that version,
+        and with &wait=SECONDS not before there is something, if there is in time."""
+        since = int(_query(request, "since", _INTEGER, "a whole number") or 0)
+        incarnation = _query(request, "incarnation", _HEX, "an incarnation from a status") or ""
+        return _json(await self.prefixes.newer_than(since, incarnation, _wait(request)))
+
+    async def drain_by(self, request: web.Request) -> web.Response:
+        """Begin to drain, or bring a drain's deadline nearer; answers the status."""
+        self._drain.begin(parse(DrainRequest, await self._body(request)).timeout_s)
+        return _json(self.board.report())
 
     async def healthz(self, _request: web.Request) -> web.Response:
         """Alive: false only when the engine has failed and the process is about to exit."""
@@ -179,7 +210,8 @@ class Agent:
         shape = CompletionShape(
             self.settings.public_name, tokenizer, logprobs=ask.logprobs is not None, echoes=echoes
         )
-        return await self._serve(request, ask, prompts, params, shape, timer)
+        texts = [prompt_parts(prompt) for prompt in ask.prompts()]
+        return await self._serve(request, ask, prompts, texts, params, shape, timer)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         timer = RequestTimer(self.metrics)
@@ -196,7 +228,9 @@ class Agent:
             structure=None if ask.response_format is None else ask.response_format.structure(),
         )
         shape = ChatShape(self.settings.public_name, tokenizer, logprobs=bool(ask.logprobs))
-        return await self._serve(request, ask, [prompt], params, shape, timer)
+        messages = (message.rendered() for message in ask.messages)
+        text = chat_parts((message["role"], message["content"]) for message in messages)
+        return await self._serve(request, ask, [prompt], [text], params, shape, timer)
 
     async def tokenize(self, request: web.Request) -> web.Response:
         _, ready = self._admit()
@@ -261,6 +295,7 @@ class Agent:
         request: web.Request,
         ask: Sampling,
         prompts: list[list[int]],
+        texts: Sequence[Iterable[str]],
         params: SamplingParams,
         shape: Shape,
         timer: RequestTimer,
@@ -276,6 +311,9 @@ class Agent:
                 generation = self.engine.submit(prompt, params, tenant=tenant, priority=ask.priority or 0)
                 generations.append(generation)
                 stack.callback(generation.close)
+            if self.settings.prefix_cache:
+                for text in texts:
+                    self.prefixes.record(sketch(text, tenant))
             completion = Completion(tokenizer, generations, prompts, params.n, ask.stops())
             if ask.stream:
                 return await self._stream(request, ask, completion, shape, timer)
@@ -417,6 +455,14 @@ def _tenant(request: web.Request, ask: Sampling) -> str:
 
 def _json(model: BaseModel) -> web.Response:
     return web.Response(text=model.model_dump_json(), content_type="application/json")
+
+
+def _wait(request: web.Request) -> float:
+    """How many seconds a long poll may last."""
+    wait = float(_query(request, "wait", _NUMBER, "a number of seconds") or 0)
+    if wait > MAX_STATUS_WAIT:
+        raise BadRequest(f"wait is {wait:g}; it must be at most {MAX_STATUS_WAIT:g} seconds", param="wait")
+    return wait
 
 
 def _query(request: web.Request, name: str, pattern: re.Pattern[str], what: str) -> str | None:

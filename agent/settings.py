@@ -66,6 +66,11 @@ class AgentSettings(BaseSettings):
     max_queue: int = Field(
         256, ge=0, description="requests that may wait beyond max_num_seqs; more get a 429"
     )
+    token: str | None = Field(
+        None,
+        min_length=1,
+        description="bearer token to ask for everywhere but on /healthz, /readyz and /metrics",
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body; more get a 413")
     client_timeout: float = Field(
         60.0, gt=0, description="seconds a client may take to send its body or to take what is sent to it"

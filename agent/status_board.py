@@ -40,7 +40,7 @@ class StatusBoard:
         self._engine = engine
         self._model = model
         self._max_queue = max_queue
-        self._incarnation = uuid.uuid4().hex
+        self.incarnation = uuid.uuid4().hex
         self._version = 0
         self._facts: dict[str, Any] = {}
         self._waiters: set[asyncio.Event] = set()
@@ -66,7 +66,7 @@ class StatusBoard:
 
     def report(self) -> AgentStatus:
         return AgentStatus(
-            version=self._version, incarnation=self._incarnation, model=self._model, **self._facts
+            version=self._version, incarnation=self.incarnation, model=self._model, **self._facts
         )
 
     async def next_change(self) -> None:

@@ -35,6 +35,7 @@ VALUES: dict[str, Any] = {
     "cuda_graphs": False,
     "threads": 3,
     "max_queue": 17,
+    "token": "sesame",
     "max_body_bytes": 2048,
     "client_timeout": 8.5,
     "grace_period": 12.5,
