@@ -26,7 +26,6 @@ from .workqueue import Key, WorkQueue
 
 log = logging.getLogger("blockyard.operator.fleet")
 
-PORT = 8000
 WAIT = 20  # seconds that an agent may hold a poll
 MARGIN = 10.0  # seconds that its answer may be late
 FIRST_TIMEOUT = 5.0  # seconds for an agent that has not answered yet
@@ -47,6 +46,7 @@ class _Agent:
     key: Key
     name: str
     ip: str
+    port: int
     token: str
     report: Report | None = None
     told: AgentStatus | None = None  # the status that the service was last marked dirty for
@@ -64,12 +64,10 @@ class Fleet:
         queue: WorkQueue,
         *,
         polls_per_second: float = 200.0,
-        port: int = PORT,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._queue = queue
         self._rate = polls_per_second
-        self._port = port
         self._clock = clock
         self._agents: dict[str, _Agent] = {}  # by uid of the pod
         self._of: dict[Key, set[str]] = {}  # uids by service
@@ -100,11 +98,11 @@ class Fleet:
                 if agent is not None:
                     self._forget(uid)
                 continue
-            if agent is not None and (agent.ip, agent.token) != (pod.ip, token):
+            if agent is not None and (agent.ip, agent.port, agent.token) != (pod.ip, pod.port, token):
                 self._forget(uid)
                 agent = None
             if agent is None:
-                agent = _Agent(key, pod.name, pod.ip, token)
+                agent = _Agent(key, pod.name, pod.ip, pod.port, token)
                 self._agents[uid] = agent
                 self._of.setdefault(key, set()).add(uid)
                 agent.task = asyncio.create_task(self._follow(agent), name=f"agent {pod.name}")
@@ -200,7 +198,7 @@ class Fleet:
 
     def _url(self, agent: _Agent, path: str) -> str:
         host = f"[{agent.ip}]" if ":" in agent.ip else agent.ip
-        return f"http://{host}:{self._port}{path}"
+        return f"http://{host}:{agent.port}{path}"
 
     def _headers(self, agent: _Agent) -> dict[str, str]:
         return {"Authorization": f"Bearer {agent.token}"}
