@@ -48,6 +48,7 @@ class _Agent:
     ip: str
     port: int
     token: str
+    since: float  # when it was first followed, by the loop's clock
     report: Report | None = None
     told: AgentStatus | None = None  # the status that the service was last marked dirty for
     urgent: bool = False  # poll it as often as is sensible
@@ -88,6 +89,17 @@ class Fleet:
         found = self._agents.get(uid)
         return None if found is None else found.report
 
+    def unheard(self, key: Key) -> float:
+        """Seconds for which it is worth to wait for the first reports of a service's agents; 0 if all are there.
+
+        An operator that has just started knows nothing of agents that work; deciding and writing a status without
+        their reports would be undone a moment later.
+        """
+        now = asyncio.get_running_loop().time()
+        agents = [self._agents[uid] for uid in self._of.get(key, ())]
+        waits = (agent.since + FIRST_TIMEOUT - now for agent in agents if agent.report is None)
+        return max(0.0, *waits, 0.0)
+
     def follow(self, key: Key, pods: Mapping[str, Pod], token: str) -> None:
         """The pods of a service by uid. What is not among them is forgotten, report and all."""
         for uid in self._of.get(key, set()) - pods.keys():
@@ -102,7 +114,8 @@ class Fleet:
                 self._forget(uid)
                 agent = None
             if agent is None:
-                agent = _Agent(key, pod.name, pod.ip, pod.port, token)
+                now = asyncio.get_running_loop().time()
+                agent = _Agent(key, pod.name, pod.ip, pod.port, token, now)
                 self._agents[uid] = agent
                 self._of.setdefault(key, set()).add(uid)
                 agent.task = asyncio.create_task(self._follow(agent), name=f"agent {pod.name}")

@@ -39,6 +39,7 @@ ROUND_TIMEOUT = 120.0  # seconds for one round
 LOAD_INTERVAL = 30.0  # seconds between two writes of a status in which only load has changed
 RESYNC_SPREAD = 30.0  # seconds over which a re-list's rounds are spread
 RESYNC_RETRY = 5.0
+DRAIN_RETRY = 2.0  # seconds after an agent could not be asked to drain; until the drain's deadline
 
 # The service that the running task works for; log lines carry it.
 current_service: ContextVar[str] = ContextVar("current_service", default="")
@@ -155,7 +156,11 @@ class Reconciler:
         done: list[Action] = []
         problem: Exception | None = None
         try:
-            await self._converge(custom, service, revision, wanted, done)
+            await self._prepare(custom, service, wanted)
+            if (seconds := self._fleet.unheard(key)) > 0:
+                self._queue.add_after(key, seconds)
+                return
+            await self._converge(custom, service, revision, done)
             self._refused.pop(key, None)
         except (KubeError, TimeoutError) as error:
             problem = error
@@ -200,23 +205,21 @@ class Reconciler:
             refused=self._refused.get((service.namespace, service.name), ""),
         )
 
-    async def _converge(
-        self, custom: Custom, service: Service, revision: str, wanted: list[Raw], done: list[Action]
-    ) -> None:
-        """Carry out everything that is to be done now; ``done`` holds what was, also if this fails."""
-        pods = self._cluster.pods_of(service)
-        if service.deleting:
-            if not pods or service.spec is None:
-                await self._let_go(custom)
-                return
-        elif service.spec is not None and not service.paused:
+    async def _prepare(self, custom: Custom, service: Service, wanted: list[Raw]) -> None:
+        """Everything that is there before agents are and beside them, and somebody to follow those that are."""
+        if not service.deleting and service.spec is not None and not service.paused:
             await self._hold(custom)
             await self._token(service, make=True)
-            retired = children.retired(service, self._defaults)
-            await self._companions.ensure(service, wanted, retired)
-        token = await self._token(service, make=False)
-        if token:
-            self._fleet.follow((service.namespace, service.name), pods, token)
+            await self._companions.ensure(service, wanted, children.retired(service, self._defaults))
+        if token := await self._token(service, make=False):
+            key = (service.namespace, service.name)
+            self._fleet.follow(key, self._cluster.pods_of(service), token)
+
+    async def _converge(self, custom: Custom, service: Service, revision: str, done: list[Action]) -> None:
+        """Carry out everything that is to be done now; ``done`` holds what was, also if this fails."""
+        if service.deleting and not self._cluster.pods_of(service):
+            await self._let_go(custom)
+            return
         actions = replicas.plan(self._observe(service, revision))
         if any(isinstance(action, Create) for action in actions):
             # A Secret that somebody deleted would keep new agents from starting.
@@ -272,7 +275,8 @@ class Reconciler:
                     notes = {DRAINING_SINCE: stamp(since), DRAIN_REASON: reason}
                     await self._annotate(service, pod, {"annotations": notes})
                 if problem := await self._fleet.drain(pod.uid, timeout_s):
-                    log.info("%s", problem)  # the next round tries again, until the drain's deadline
+                    log.info("%s; again in %g s", problem, DRAIN_RETRY)
+                    self._queue.add_after((service.namespace, service.name), DRAIN_RETRY)
             case Release(pod=pod):
                 await self._annotate(service, pod, {"labels": {UNDRAINED: None}})
             case Delete(pod=pod, force=force):

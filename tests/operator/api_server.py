@@ -1,7 +1,9 @@
-"""A stand-in for the Kubernetes API server: real HTTP, resource versions, watches, conflicts, and faults on demand.
+"""A stand-in for the Kubernetes API server: real HTTP, resource versions, watches, conflicts, and faults on
+demand.
 
-It knows what the operator relies on and no more: no schemas, no defaults, no controllers but owner references'
-garbage collection. Server-side apply is a merge without field owners. The end-to-end tests run against a real one.
+It knows what the operator relies on and no more: no schemas, no defaults, no controllers but owner
+references' garbage collection. Server-side apply is a merge without field owners. The end-to-end tests run
+against a real one.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from aiohttp import web
-from kubernetes.aio.client.configuration import Configuration
-
 from blockyard.operator.kube import COMPANIONS, EVENT, KV_MOVE, LEASE, LLM_SERVICE, NODE, POD, SECRET, Kind
+from kubernetes.aio.client.configuration import Configuration
 
 Raw = dict[str, Any]
 KINDS = {kind.plural: kind for kind in (*COMPANIONS, LLM_SERVICE, KV_MOVE, POD, NODE, SECRET, EVENT, LEASE)}
@@ -52,11 +53,13 @@ class ApiServer:
         self.objects: dict[str, dict[tuple[str, str], Raw]] = {plural: {} for plural in KINDS}
         self.history: list[tuple[int, str, str, Raw]] = []  # version, plural, event, object
         self.calls: list[tuple[str, str]] = []  # method and path of every call that came in
+        self.details: list[tuple[str, str, str]] = []  # method, content type and query of each
         self.faults: list[Fault] = []
         self.horizon = 0  # watches from before it get 410
         self.missing: set[str] = set()  # plurals of kinds that this cluster does not have
         self.gate: asyncio.Event | None = None  # if set, writes wait for it
         self._changed = asyncio.Condition()
+        self._called = asyncio.Condition()
         self._watches: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
@@ -83,7 +86,11 @@ class ApiServer:
     # ── For tests ─────────────────────────────────────────────────────────────────────────────────
 
     def writes(self, plural: str = "") -> list[tuple[str, str]]:
-        return [call for call in self.calls if call[0] != "GET" and f"/{plural}" in call[1] and "leases" not in call[1]]
+        return [
+            call
+            for call in self.calls
+            if call[0] != "GET" and f"/{plural}" in call[1] and "leases" not in call[1]
+        ]
 
     def get(self, kind: Kind, name: str, namespace: str = "default") -> Raw:
         return self.objects[kind.plural][(namespace if kind.namespaced else "", name)]
@@ -111,6 +118,16 @@ class ApiServer:
     async def remove(self, kind: Kind, name: str, namespace: str = "default") -> None:
         await self._drop(kind, (namespace if kind.namespaced else "", name))
 
+    async def called(self, times: int) -> None:
+        """Until so many calls have come in."""
+        async with self._called:
+            await self._called.wait_for(lambda: len(self.calls) >= times)
+
+    async def until(self, holds: Callable[[], Any], limit: float = 30.0) -> None:
+        """Until something holds of what is stored; asked whenever that changes."""
+        async with asyncio.timeout(limit), self._changed:
+            await self._changed.wait_for(holds)
+
     async def cut_watches(self) -> None:
         """End all watches, as a load balancer or a restart of the API server does."""
         for watch in list(self._watches):
@@ -135,7 +152,11 @@ class ApiServer:
                 return before
             if body.get("spec") != before.get("spec"):
                 body["metadata"]["generation"] = before["metadata"].get("generation", 1) + 1
-            if "deletionTimestamp" in body["metadata"] and not body["metadata"].get("finalizers") and kind != POD:
+            if (
+                "deletionTimestamp" in body["metadata"]
+                and not body["metadata"].get("finalizers")
+                and kind != POD
+            ):
                 self.objects[kind.plural][key] = body
                 await self._drop(kind, key)
                 return body
@@ -166,7 +187,11 @@ class ApiServer:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         method, path = request.method, request.path
+        await request.read()  # a client that gives up while its call waits has said all
         self.calls.append((method, path))
+        async with self._called:
+            self._called.notify_all()
+        self.details.append((method, request.headers.get("Content-Type", ""), request.query_string))
         fault = next((fault for fault in self.faults if fault.times and fault.matches(method, path)), None)
         if fault is not None:
             fault.times -= 1
@@ -201,7 +226,9 @@ class ApiServer:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
         if len(rest) == 1:
             if request.method == "POST":
-                return web.json_response(await self._create(kind, namespace, await request.json()), status=201)
+                return web.json_response(
+                    await self._create(kind, namespace, await request.json()), status=201
+                )
             if request.query.get("watch") == "true":
                 return await self._watch(request, kind, namespace)
             return web.json_response(self._list(request, kind, namespace))
@@ -304,10 +331,14 @@ class ApiServer:
         wanted = options.get("preconditions", {}).get("uid")
         if wanted not in (None, before["metadata"]["uid"]):
             raise Refused(409, "Conflict", "the UID in the precondition does not match")
-        graceful = kind == POD and before.get("spec", {}).get("nodeName") and options.get("gracePeriodSeconds") != 0
+        graceful = (
+            kind == POD and before.get("spec", {}).get("nodeName") and options.get("gracePeriodSeconds") != 0
+        )
         if before["metadata"].get("finalizers") or graceful:
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            return await self._store(kind, key, merge(before, {"metadata": {"deletionTimestamp": now}}), before)
+            return await self._store(
+                kind, key, merge(before, {"metadata": {"deletionTimestamp": now}}), before
+            )
         await self._drop(kind, key)
         return {"kind": "Status", "status": "Success"}
 
@@ -351,7 +382,9 @@ def failure(code: int, reason: str, message: str, headers: dict[str, str] | None
 def selected(request: web.Request, body: Raw) -> bool:
     labels = body["metadata"].get("labels") or {}
     wanted = request.query.get("labelSelector", "")
-    return all(labels.get(name) == value for name, value in (part.split("=") for part in wanted.split(",") if part))
+    return all(
+        labels.get(name) == value for name, value in (part.split("=") for part in wanted.split(",") if part)
+    )
 
 
 def merge(before: Any, patch: Any) -> Any:

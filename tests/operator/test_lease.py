@@ -9,7 +9,6 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-
 from blockyard.operator.kube import LEASE, Conflict, Kind, Kube, Raw, Unreachable
 from blockyard.operator.lease import DEADLINE, DURATION, RENEW, Lease
 
@@ -148,7 +147,23 @@ def test_after_kill_9_the_other_takes_over_between_its_duration_and_two_tries_la
     run(scenario())
 
 
-def test_a_holder_that_cannot_renew_stops_and_its_validity_counts_from_before_the_request() -> None:
+def test_a_late_answer_shortens_the_claim_and_never_lengthens_it() -> None:
+    async def scenario() -> None:
+        clock, store = Clock(), Store()
+        lease = Lease(store.client("a"), "home", "operator", "a", clock=clock)
+        attempt = asyncio.create_task(lease.attempt())
+        while not attempt.done():
+            await asyncio.sleep(0)
+            if store.waiting:
+                clock.now += 2.0  # four gates: 8 s from the request to the last answer
+                store.waiting.pop()[1].set_result(None)
+        assert lease.held
+        assert lease.remaining == DEADLINE - 8.0
+
+    run(scenario())
+
+
+def test_a_holder_that_cannot_renew_stops_before_others_may_take_over() -> None:
     async def scenario() -> None:
         async with ApiServer() as server:
             kube, clock = Kube(server.credentials()), Clock()
