@@ -190,7 +190,7 @@ class _Round:
         if not failed or not before or self.observed.service.deleting:
             return 0
         until = before[-1] + min(BACKOFF_LONGEST, BACKOFF_FIRST * 2 ** (len(before) - 1))
-        self.times.append(until)
+        self.times += [until, *(time + BACKOFF_MEMORY for time in before)]
         return len(failed) if self.observed.now < until else 0
 
     def _failures(self) -> Iterator[float]:
