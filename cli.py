@@ -17,7 +17,7 @@ from .agent.chat_client import chat
 from .agent.gateway_settings import GatewaySettings
 from .agent.server import serve
 from .agent.settings import AgentSettings
-from .engine.errors import EngineError
+from .engine.errors import ConfigError, EngineError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +39,25 @@ def _parser() -> argparse.ArgumentParser:
         description="Every flag is also BLOCKYARD_GATEWAY_NAME in the environment.",
     )
     _add_flags(door, GatewaySettings)
+
+    run = commands.add_parser(
+        "up",
+        help="run an LLMService on this machine",
+        description="Runs the manifest that a cluster would: agents and a gateway as processes. A change of "
+        "the file is rolled out. Ctrl-C stops everything.",
+    )
+    run.add_argument("manifest", type=Path, help="YAML file with one LLMService")
+    run.add_argument("--port", type=int, default=8000, help="port of the gateway (default: %(default)s)")
+    run.add_argument("--keys", type=Path, help="folder with API keys, in place of spec.auth's Secret")
+
+    for name, text in (("status", "show all LLMServices"), ("top", "keep showing all LLMServices")):
+        watch = commands.add_parser(
+            name,
+            help=text,
+            description="Those of this machine and those of the cluster in KUBECONFIG or ~/.kube/config.",
+        )
+        watch.add_argument("-n", "--namespace", help="of the cluster; all namespaces if unset")
+        watch.add_argument("--local", action="store_true", help="those of this machine alone")
 
     talk = commands.add_parser("chat", help="chat with any OpenAI server in the terminal")
     talk.add_argument(
@@ -74,6 +93,26 @@ def _flags(arguments: argparse.Namespace, settings: type[BaseSettings]) -> dict[
     return {name: value for name in settings.model_fields if (value := getattr(arguments, name)) is not None}
 
 
+def _operate(arguments: argparse.Namespace) -> int:
+    """The commands that need the operator's packages, which an agent's image does not have."""
+    try:
+        from .operator import terminal
+        from .operator.kube import KubeError
+        from .operator.local_manifest import ManifestError
+        from .operator.settings import SettingsError
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"blockyard {arguments.command} needs {error.name}: pip install 'blockyard[operator]'"
+        ) from None
+    try:
+        if arguments.command == "up":
+            return asyncio.run(terminal.up(arguments.manifest, arguments.port, arguments.keys))
+        shown = terminal.show(arguments.namespace, here=arguments.local, follow=arguments.command == "top")
+        return asyncio.run(shown)
+    except (KubeError, ManifestError, SettingsError) as error:
+        raise EngineError(str(error)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = _parser().parse_args(argv)
@@ -84,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
             return asyncio.run(serve(AgentSettings.load(_flags(arguments, AgentSettings), arguments.config)))
         if arguments.command == "gateway":
             return asyncio.run(gateway.serve(GatewaySettings.load(_flags(arguments, GatewaySettings))))
+        if arguments.command in ("up", "status", "top"):
+            return _operate(arguments)
         options = {
             name: value
             for name in ("temperature", "max_tokens")

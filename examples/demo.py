@@ -1,71 +1,85 @@
-"""Serve a real model on this machine, ask it a few things that share a system prompt, look at its KV pool.
+"""Run an LLMService on this machine, ask it things that share a system prompt, and kill an agent meanwhile.
 
     python examples/demo.py
 
-Starts ``blockyard agent`` as any user would and talks to it with the official OpenAI client. The first
-question computes the system prompt's KV; those after it find its blocks in the prefix cache.
+Starts ``blockyard up examples/cpu.yaml`` as any user would: two agents and a gateway. Talks to it with the
+official OpenAI client. The first question computes the system prompt's KV; those after it find its blocks in
+the prefix cache of the agent that has it. Then one agent is killed while both decode, and no request fails.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
+import json
+import os
 import signal
+import socket
 import sys
 import time
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, Process
+from pathlib import Path
 from typing import Any
 
-import aiohttp
 import openai
+from rich.console import Console
 
-MODEL = "SmolLM2-135M-Instruct"
+MANIFEST = Path(__file__).with_name("cpu.yaml")
+SERVICE = "smollm"
 SYSTEM = (
-    "You are the assistant of a small public library. You answer visitors in one or two short and friendly "
-    "sentences. You know the opening hours: Monday to Friday from nine to six, Saturday from ten to two, and "
-    "closed on Sunday. Books may be kept for three weeks, and films for one week. A library card is free."
+    "You are a helpful teacher in a small school. You answer the questions of curious children in one or two "
+    "short, correct and friendly sentences, without long words, and you never make anything up. When you do "
+    "not know something, you say so. Today's lesson is about the world and how it works."
 )
 QUESTIONS = (
-    "When are you open?",
-    "How long may I keep a book?",
-    "What does a library card cost?",
-    "Can you recommend a book about the sea?",
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "What do plants need to grow?",
+    "How many legs does a spider have?",
 )
-STOP_TIMEOUT = 60.0
+START_TIMEOUT = 600.0  # seconds; the first time, the model is fetched and the kernels are built
+console = Console(highlight=False)
 
 
-async def start() -> tuple[Process, str]:
-    """The agent, ready for requests, and its address."""
-    command = [sys.executable, "-m", "blockyard.cli", "agent", "--model", MODEL, "--port", "0"]
-    agent = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
-    assert agent.stdout is not None
-    url = ""
-    async for raw in agent.stdout:
-        line = raw.decode().rstrip()
-        print(line, flush=True)
-        if match := re.search(r"(http://\S+) is loading", line):
-            url = match[1]
-        if "ready," in line:
-            return agent, url
-    raise SystemExit(f"the agent ended with exit code {await agent.wait()}")
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-async def ask(client: openai.AsyncOpenAI, question: str, *, live: bool) -> None:
-    """Stream one answer; ``live`` prints it as it comes, otherwise when it is whole."""
+def state() -> dict[str, Any]:
+    """What the local runtime says of itself; {} while it is not there."""
+    from blockyard.operator.terminal import runs_folder
+
+    try:
+        return dict(json.loads((runs_folder() / SERVICE / "state.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+async def ready(runtime: Process) -> None:
+    """Wait until both agents answer."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while state().get("service", {}).get("status", {}).get("readyReplicas") != 2:
+        if runtime.returncode is not None or time.monotonic() > deadline:
+            raise SystemExit("the service did not become ready; its logs are in ~/.cache/blockyard/run")
+        await asyncio.sleep(0.2)
+
+
+async def ask(client: openai.AsyncOpenAI, question: str, *, live: bool = False, tokens: int = 48) -> str:
+    """Stream one answer; ``live`` prints it as it comes."""
     begin = time.monotonic()
-    first = 0.0
-    text, usage = "", None
+    first, text, usage = 0.0, "", None
     if live:
-        print(f"\n\033[1m{question}\033[0m\n  ", end="")
-    stream = await client.chat.completions.create(
-        model=MODEL,
+        console.print(f"\n[bold]{question}[/]\n  ", end="")
+    raw = await client.chat.completions.with_raw_response.create(
+        model=SERVICE,
         messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
         temperature=0,
-        max_tokens=64,
+        max_tokens=tokens,
         stream=True,
         stream_options={"include_usage": True},
     )
-    async for chunk in stream:
+    async for chunk in raw.parse():
         usage = chunk.usage or usage
         for choice in chunk.choices:
             piece = choice.delta.content or ""
@@ -73,46 +87,76 @@ async def ask(client: openai.AsyncOpenAI, question: str, *, live: bool) -> None:
                 first = time.monotonic() - begin
             text += piece
             if live:
-                print(piece, end="", flush=True)
-    assert usage is not None
-    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-    head = "" if live else f"\n\033[1m{question}\033[0m\n  {text}"
-    print(
-        f"{head}\n  \033[2m{usage.completion_tokens} tokens, the first after {first:.2f} s; "
-        f"{cached} of {usage.prompt_tokens} prompt tokens came from the prefix cache\033[0m"
+                console.out(piece, end="")
+    assert usage is not None, "the stream ended without its last event"
+    agent = raw.headers.get("x-blockyard-agent")
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details else 0
+    head = "" if live else f"\n[bold]{question}[/]\n  {text}"
+    console.print(
+        f"{head}\n  [dim]{usage.completion_tokens} tokens by {agent}, the first "
+        f"after {first:.2f} s; {cached} of {usage.prompt_tokens} prompt tokens from the prefix cache[/]",
+        soft_wrap=True,
     )
+    return text
 
 
-def describe(status: dict[str, Any]) -> str:
-    """The block pool in two lines."""
-    tier = status["device_tier"]
-    size = tier["total"] * tier["block_bytes"] / 2**20
-    return (
-        f"KV pool: {tier['total']} blocks of {status['block_tokens']} tokens ({size:.0f} MiB): {tier['free']} free, "
-        f"{tier['cached']} cached, {tier['active']} active\n"
-        f"prefix cache: {status['prefix_hits']} of {status['prefix_queries']} prompt tokens found, "
-        f"hit rate {status['hit_rate']:.0%}; {status['generated_tokens']} tokens generated in {status['steps']} steps"
+async def kill_one_under_load(client: openai.AsyncOpenAI) -> None:
+    """Eight answers at once; an agent dies in the middle of them."""
+    before = await asyncio.gather(*(plain(client, number) for number in range(8)))
+    victim, pid = next(iter(state()["agents"].items()))
+    requests = [asyncio.create_task(plain(client, number)) for number in range(8)]
+    await asyncio.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    after = await asyncio.gather(*requests, return_exceptions=True)
+    failed = [each for each in after if isinstance(each, BaseException)]
+    equal = sum(a == b for a, b in zip(before, after, strict=True))
+    console.print(
+        f"\n[bold]{victim} (pid {pid}) was killed while 8 answers were being written:[/] "
+        f"{len(failed)} requests failed, {equal} of 8 answers are the same as without the kill",
+        soft_wrap=True,
     )
+    if failed:
+        raise SystemExit(f"a request failed: {failed[0]!r}")
+
+
+async def plain(client: openai.AsyncOpenAI, number: int) -> str:
+    """A greedy answer, streamed and put together."""
+    stream = await client.completions.create(
+        model=SERVICE,
+        prompt=f"The history of the number {number} begins",
+        max_tokens=64,
+        temperature=0,
+        stream=True,
+    )
+    return "".join([choice.text async for chunk in stream for choice in chunk.choices])
 
 
 async def main() -> int:
-    agent, url = await start()
+    port = free_port()
+    command = [sys.executable, "-m", "blockyard.cli"]
+    console.print(f"[dim]$ blockyard up {MANIFEST.parent.name}/{MANIFEST.name} --port {port}[/]")
+    runtime = await asyncio.create_subprocess_exec(
+        *command, "up", str(MANIFEST), "--port", str(port), stdout=DEVNULL
+    )
     try:
-        async with (
-            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
-            aiohttp.ClientSession() as session,
-        ):
+        await ready(runtime)
+        url = f"http://127.0.0.1:{port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=300) as client:
             await ask(client, QUESTIONS[0], live=True)
-            print("\n\033[2mthe others all at once, in one batch:\033[0m")
-            await asyncio.gather(*(ask(client, question, live=False) for question in QUESTIONS[1:]))
-            async with session.get(f"{url}/status") as response:
-                print(f"\n{describe(await response.json())}")
+            console.print(
+                "\n[dim]the others at once, in the batch of the agent that has the system prompt:[/]"
+            )
+            await asyncio.gather(*(ask(client, question) for question in QUESTIONS[1:]))
+            await kill_one_under_load(client)
+        console.print("\n[dim]$ blockyard status --local[/]")
+        await (await asyncio.create_subprocess_exec(*command, "status", "--local")).wait()
     finally:
-        if agent.returncode is None:
-            agent.send_signal(signal.SIGTERM)
-        code = await asyncio.wait_for(agent.wait(), STOP_TIMEOUT)
-    print(f"agent stopped, exit code {code}\n\ntalk to it yourself:")
-    print(f"  .venv/bin/blockyard agent --model {MODEL}     and in another terminal     .venv/bin/blockyard chat")
+        if runtime.returncode is None:
+            runtime.send_signal(signal.SIGINT)
+        code = await runtime.wait()
+    console.print(f"\nstopped, exit code {code}; nothing is left running. Do it yourself:", markup=False)
+    console.print(f"  .venv/bin/blockyard up examples/cpu.yaml\n  .venv/bin/blockyard chat --model {SERVICE}")
     return code
 
 

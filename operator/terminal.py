@@ -1,0 +1,149 @@
+"""``blockyard up``, ``status`` and ``top``: services of this machine and of a cluster, in a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.live import Live
+
+from .local import LocalRuntime, running_services
+from .local_manifest import Machine, ManifestError, check_runs_here, read, usable_gpus
+from .view import overview
+
+REFRESH = 1.0  # seconds
+Raw = dict[str, Any]
+
+
+def runs_folder() -> Path:
+    """Where local runtimes keep their logs and what they are doing."""
+    base = os.environ.get("BLOCKYARD_CACHE")
+    if base:
+        return Path(base) / "run"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockyard" / "run"
+
+
+async def up(manifest: Path, port: int, keys: Path | None) -> int:
+    """Run a manifest here until SIGINT or SIGTERM; ManifestError if it cannot run here."""
+    service = read(manifest)
+    assert service.spec is not None
+    machine = Machine(usable_gpus() if service.spec.device == "cuda" else (), keys)
+    check_runs_here(service, machine)
+    folder = runs_folder() / service.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ManifestError(
+            f"{service.name} is running already (see blockyard status); stop it, or change metadata.name"
+        ) from None
+    stop = asyncio.Event()
+    try:
+        with _screen(f"logs: {folder}") as show:
+            runtime = LocalRuntime(manifest, machine, folder, port, show)
+            _stop_on_signals(stop, runtime)
+            await runtime.run(stop)
+    finally:
+        lock.release()
+    return 0
+
+
+def _stop_on_signals(stop: asyncio.Event, runtime: LocalRuntime) -> None:
+    """The first signal ends in order, the second at once."""
+
+    def ended() -> None:
+        if stop.is_set():
+            runtime.kill()
+        else:
+            print("stopping: open requests are finished first; once more to stop at once", file=sys.stderr)
+            stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ended)
+
+
+@contextlib.contextmanager
+def _screen(title: str) -> Iterator[Callable[[Raw], None]]:
+    """Shows a resource: live on a terminal, else one line whenever a condition changes."""
+    console = Console(stderr=False, highlight=False)
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False, transient=False) as live:
+            console.print(title, style="dim")
+            yield lambda raw: live.update(overview([raw]), refresh=True)
+        return
+    print(title, flush=True)
+    told: list[str] = []
+
+    def tell(raw: Raw) -> None:
+        status = raw["status"]
+        conditions = "  ".join(f"{c['type']}={c['status']} ({c['reason']})" for c in status["conditions"])
+        line = (
+            f"{raw['metadata']['name']}: {status['readyReplicas']} of {raw['spec']['replicas']} ready at "
+            f"{status['url']}  {conditions}"
+        )
+        if told != [line]:
+            told[:] = [line]
+            print(line, flush=True)
+
+    yield tell
+
+
+async def _cluster(namespace: str | None) -> tuple[list[Raw], list[Raw]]:
+    """LLMServices and KVMoves of a cluster. KubeError if it cannot be asked."""
+    from .kube import KV_MOVE, LLM_SERVICE, Kube, load_credentials
+    from .settings import OperatorSettings
+
+    logging.getLogger("blockyard.operator").setLevel(logging.WARNING)
+    settings = OperatorSettings.model_construct(
+        agent_image="-", kubeconfig=Path(os.environ["KUBECONFIG"]) if "KUBECONFIG" in os.environ else None
+    )
+    kube = Kube(await load_credentials(settings))
+    try:
+        services: list[Raw] = []
+        moves: list[Raw] = []
+        for kind, found in ((LLM_SERVICE, services), (KV_MOVE, moves)):
+            async for page in kube.pages(kind, namespace):
+                found.extend(page.items)
+        return services, moves
+    finally:
+        await kube.close()
+
+
+def _has_cluster() -> bool:
+    """Does anything here say where a cluster is?"""
+    kubeconfig = os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"
+    return Path(kubeconfig).is_file() or "KUBERNETES_SERVICE_HOST" in os.environ
+
+
+async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
+    """Print all services once, or keep showing them until Ctrl-C.
+
+    ``here``: only those of this machine. A cluster that is configured and cannot be asked is an error.
+    """
+    here = here or not _has_cluster()
+    console = Console(highlight=False)
+
+    async def ask() -> tuple[list[Raw], list[Raw]]:
+        services = running_services(runs_folder())
+        if here:
+            return services, []
+        found, moves = await _cluster(namespace)
+        return services + found, moves
+
+    if not follow:
+        console.print(overview(*await ask()))
+        return 0
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            live.update(overview(*await ask()), refresh=True)
+            await asyncio.sleep(REFRESH)
