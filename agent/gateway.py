@@ -282,6 +282,10 @@ class Gateway:
         )
 
 
+class _ClientGone(Exception):
+    """Nobody takes the stream any more."""
+
+
 class _Stream:
     """One streaming request: from agent to agent, to one client."""
 
@@ -298,13 +302,15 @@ class _Stream:
         """What goes wrong before the first event is raised, and later is the last event."""
         try:
             return await self._serve()
-        except ConnectionError:
-            raise
+        except _ClientGone as gone:
+            log.info("client id=%s %s", self._request["id"], gone)
+            assert self._response is not None
+            return self._response
         except asyncio.CancelledError:
-            error = self._gateway.why_cancelled()
-            if self._response is None or not isinstance(error, Unavailable):
-                raise error from None
-            return await self._end_with(error)
+            why = self._gateway.why_cancelled()
+            if self._response is None or not isinstance(why, Unavailable):
+                raise why from None
+            return await self._end_with(why)
         except Exception as error:
             if self._response is None:
                 raise
@@ -391,7 +397,9 @@ class _Stream:
         except TimeoutError:
             if self._request.transport is not None:
                 self._request.transport.abort()
-            raise ConnectionResetError(f"the client took no data for {limit:g} s and is dropped") from None
+            raise _ClientGone(f"took no data for {limit:g} s and is dropped") from None
+        except ConnectionError as error:
+            raise _ClientGone(f"is gone: {error}") from None
 
     async def _begin_response(self, pick: Pick) -> web.StreamResponse:
         self._gateway.metrics.first_token.observe(time.monotonic() - self._begin)

@@ -16,7 +16,9 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from blockyard.agent.prefix_sketch import Prefix, PrefixLog
 from blockyard.agent.protocol import AgentStatus, TierStatus
+from multidict import CIMultiDict
 
 START_TIMEOUT = 60.0
 
@@ -71,8 +73,9 @@ class GatewayProcess:
             self._output.close()
 
 
-async def gateway_status(client: aiohttp.ClientSession, url: str) -> dict[str, Any]:
-    async with client.get(f"{url}/status") as response:
+async def gateway_status(client: aiohttp.ClientSession, url: str, token: str = "inner") -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {token}"}
+    async with client.get(f"{url}/status", headers=headers) as response:
         assert response.status == 200, await response.text()
         return await response.json()  # type: ignore[no-any-return]
 
@@ -106,8 +109,10 @@ class ScriptedAgent:
     def __init__(self, name: str, respond: Respond | None = None) -> None:
         self.name = name
         self.respond = respond or self.answer
-        self.requests: list[tuple[dict[str, str], Any]] = []  # headers and body of each
+        self.requests: list[tuple[CIMultiDict[str], Any]] = []  # headers and body of each
         self.open = 0  # requests being answered
+        self.silent = False  # takes connections and says nothing
+        self.prefixes: list[Prefix] = []  # those of its whole life
         self.status = AgentStatus(
             version=1,
             incarnation=f"{abs(hash(name)):032x}"[:32],
@@ -119,6 +124,7 @@ class ScriptedAgent:
         self.url = ""
         self.released = asyncio.Event()  # what ``hold`` waits for
         self._changed = asyncio.Event()
+        self._opened = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> ScriptedAgent:
@@ -128,6 +134,7 @@ class ScriptedAgent:
     async def listen(self, port: int) -> None:
         app = web.Application()
         app.router.add_get("/status", self._status)
+        app.router.add_get("/prefixes", self._prefixes)
         app.router.add_get("/v1/models", self._serve)
         app.router.add_post("/{path:.*}", self._serve)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -156,16 +163,37 @@ class ScriptedAgent:
                     await self._changed.wait()
             except TimeoutError:
                 pass
+        if self.silent:
+            await asyncio.Event().wait()
         return web.Response(text=self.status.model_dump_json(), content_type="application/json")
+
+    async def _prefixes(self, request: web.Request) -> web.Response:
+        log = PrefixLog(self.status.incarnation)
+        for prefix in self.prefixes:
+            log.record(prefix)
+        since, incarnation = int(request.query["since"]), request.query["incarnation"]
+        report = await log.newer_than(since, incarnation, 0.2)
+        return web.Response(text=report.model_dump_json(), content_type="application/json")
+
+    async def until_open(self, count: int) -> None:
+        """Until so many requests are being answered."""
+        async with asyncio.timeout(60):
+            while self.open != count:
+                await self._opened.wait()
+
+    def _opens(self, change: int) -> None:
+        self.open += change
+        self._opened.set()
+        self._opened = asyncio.Event()
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        self.requests.append((dict(request.headers), json.loads(body) if body else None))
-        self.open += 1
+        self.requests.append((request.headers.copy(), json.loads(body) if body else None))
+        self._opens(1)
         try:
             return await self.respond(request)
         finally:
-            self.open -= 1
+            self._opens(-1)
 
     # ── Ways to respond ───────────────────────────────────────────────────────────────────────────
 
