@@ -55,21 +55,20 @@ def _map(base: Mapping[str, Any], patch: Mapping[str, Any], lists: _Lists, path:
     for name, value in patch.items():
         if name.startswith("$"):
             continue
-        field = f"{path}.{name}"
+        field, there = f"{path}.{name}", merged.get(name)
         if value is None:
             merged.pop(name, None)
-        elif name in lists:
-            _expect(value, list, field)
-            merged[name] = _list(_expect(merged.get(name) or [], list, field), value, *lists[name], field)
+            continue
+        kind = "a list" if name in lists else _kind(value if there is None else there)
+        if _kind(value) != kind:
+            raise TemplateError(f"{field} must be {kind}")
+        if name in lists:
+            merged[name] = _list(there or [], value, *lists[name], field)
         elif isinstance(value, Mapping):
-            merged[name] = _map(_expect(merged.get(name) or {}, Mapping, field), value, {}, field)
+            merged[name] = _map(there or {}, value, {}, field)
             if value.get("$patch") == "delete":
                 del merged[name]
         else:
-            if isinstance(merged.get(name), Mapping | list) and type(merged[name]) is not type(value):
-                raise TemplateError(
-                    f"{field} must be a {'list' if isinstance(merged[name], list) else 'map'}"
-                )
             merged[name] = deepcopy(value)
     return merged
 
@@ -106,7 +105,7 @@ def _directive(patch: Mapping[str, Any], path: str) -> str | None:
     return directive
 
 
-def _expect(value: Any, kind: type[Any], path: str) -> Any:
-    if not isinstance(value, kind):
-        raise TemplateError(f"{path} must be a {'list' if kind is list else 'map'}")
-    return value
+def _kind(value: object) -> str:
+    return (
+        "a map" if isinstance(value, Mapping) else "a list" if isinstance(value, list) else "a single value"
+    )

@@ -252,7 +252,7 @@ class _Round:
             for pod in left
             if pod.drain_reason in ("", reasons.AGENT_LEAVING)  # and not sent off by a decision
         ]
-        words = f"{spec.replicas} agents are wanted, {good} are there"
+        words = f"agents wanted: {spec.replicas}, there: {good}"
         causes += [(reasons.SCALE_OUT, words)] * missing
         names = _free_names(self.observed)
         return [Create(next(names), *cause) for cause in causes[: max(0, min(missing, room))]]
@@ -261,7 +261,7 @@ class _Round:
         spec = self.observed.service.spec
         assert spec is not None, "without a spec nothing is planned"
         good = [pod for pod in staying if pod.name not in bad]
-        words = f"{spec.replicas} agents are wanted, {len(good)} are there; this one is missed least"
+        words = f"agents wanted: {spec.replicas}, there: {len(good)}; this one is missed least"
         causes = dict(bad)
         causes |= {pod.name: (reasons.SCALE_IN, words) for pod in good[: max(0, len(good) - spec.replicas)]}
         spare = sum(pod.ready for pod in staying) - (spec.replicas - spec.rollout.max_unavailable)

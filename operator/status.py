@@ -143,7 +143,7 @@ class _View:
             return "False", reasons.PAUSED, f"nothing is changed while annotation {PAUSED} is true"
         if service.deleting:
             count = len(observed.pods)
-            return "True", reasons.DELETING, f"{count} agents are left, {len(self.going)} of them drain"
+            return "True", reasons.DELETING, f"agents left: {count}, of which {len(self.going)} drain"
         if self.spec is None:
             return "False", reasons.INVALID_SPEC, "nothing is changed until the spec can be read"
         wanted = self.spec.replicas
@@ -153,13 +153,13 @@ class _View:
             words = f"{len(self.staying) - len(old)} of {wanted} agents are of revision {observed.revision}"
             return "True", reasons.ROLLING_OUT, self._with_troubles(words)
         if away:
-            words = f"{len(away)} agents are to be replaced: {away[0]}"
+            words = f"agents to be replaced: {len(away)}, since {away[0]}"
             return "True", reasons.REPLACING, self._with_troubles(words)
         if len(self.staying) != wanted or len(self.ready) != wanted:
-            words = f"{wanted} agents are wanted, {len(self.staying)} are there, {len(self.ready)} are ready"
+            words = f"agents wanted: {wanted}, there: {len(self.staying)}, ready: {len(self.ready)}"
             return "True", reasons.SCALING, self._with_troubles(words)
         if self.going:
-            return "True", reasons.DRAINING, f"{len(self.going)} agents drain: {_names(self.going)}"
+            return "True", reasons.DRAINING, f"agents that drain: {_names(self.going)}"
         return "False", reasons.STABLE, "all is as it is wanted"
 
     def degraded_verdict(self) -> _Verdict:

@@ -1,9 +1,9 @@
 """A small cluster in memory: nodes, a scheduler, kubelets and agents, whose every step a test decides.
 
-It keeps the rules of the real ones as far as the operator relies on them: names are unique, a deleted pod with a
-running container stays until its grace period ends, a pod on a dead node changes no more, agents forget that they
-drain when they restart. ``carry_out`` is the operator's hand, and checks every action against what must never
-happen.
+It keeps the rules of the real ones as far as the operator relies on them: names are unique, a deleted pod
+with a running container stays until its grace period ends, a pod on a dead node changes no more, agents
+forget that they drain when they restart. ``carry_out`` is the operator's hand, and checks every action against what
+must never happen.
 """
 
 from __future__ import annotations
