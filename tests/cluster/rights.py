@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
+from .cluster import Cluster
+
+CHART = Path(__file__).parents[2] / "charts/blockyard"
+LEASE = "blockyard-operator"  # which the account may hold
+
 
 class Right(NamedTuple):
     """One verb on one kind of object, "pods" or "llmservices/status"."""
@@ -33,7 +40,7 @@ def used(log: Path, user: str) -> set[Right]:
     for event, right in _requests(log, user):
         if event["annotations"]["authorization.k8s.io/decision"] == "allow":
             found.add(right)
-            # An apply that makes the object needs both rights; the log has it as a patch with the answer Created.
+            # An apply that makes the object needs both; the log has a patch with the answer Created.
             if right.verb == "patch" and event["responseStatus"]["code"] == 201:
                 found.add(right._replace(verb="create"))
     return found
@@ -57,3 +64,27 @@ def _requests(log: Path, user: str) -> Iterator[tuple[dict[str, Any], Right]]:
         if event["user"]["username"] == user and (target := event.get("objectRef")):
             resource = "/".join(filter(None, (target["resource"], target.get("subresource"))))
             yield event, Right(target.get("apiGroup", ""), resource, event["verb"])
+
+
+def operators_account(cluster: Cluster, namespace: str) -> Iterator[Path]:
+    """A kubeconfig of the ServiceAccount that the chart makes for an operator of this namespace alone.
+
+    Afterwards nothing may have been refused to it. As a fixture: ``yield from operators_account(...)``.
+    """
+    templates = [f"--show-only=templates/{name}.yaml" for name in ("serviceaccount", "rbac", "lease")]
+    values = f"--set=namespaces={{{namespace}}},fullnameOverride={LEASE}"
+    text = cluster.helm("template", "blockyard", str(CHART), f"--namespace={namespace}", values, *templates)
+    manifests = [each for each in yaml.safe_load_all(text[text.index("---") :]) if each]
+    for manifest in manifests:
+        cluster.apply(manifest)
+    try:
+        yield cluster.kubeconfig_of(LEASE, namespace)
+    finally:
+        for manifest in manifests:
+            if manifest["kind"].startswith("Cluster"):
+                cluster.delete(manifest["kind"], manifest["metadata"]["name"])
+    if cluster.control_plane:  # else the log is the user's
+        user = f"system:serviceaccount:{namespace}:{LEASE}"
+        refused = missed(cluster.control_plane.audit_log, user)
+        assert not refused, refused
+        assert used(cluster.control_plane.audit_log, user)

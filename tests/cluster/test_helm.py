@@ -1,13 +1,15 @@
-"""helm install, upgrade and uninstall against a real API server, with the operator in the pod that the chart makes.
+"""helm install, upgrade, uninstall against a real API server; the operator runs in the chart's own pod.
 
 This has a control plane of its own, since it installs and removes what is there once in a cluster.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import os
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from . import rights
 from .cluster import Cluster
 from .container import Image
 from .control_plane import ControlPlane
+from .operator_process import CACHE, STARTING, settled
 from .rights import Right
 from .test_chart import CHART, VARIANTS, nested, of_kind
 
@@ -48,6 +51,7 @@ def cluster(programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         try:
             nodes = made.nodes()
             nodes.images |= {"blockyard-operator:0.1.0": Image(), "blockyard-agent:0.1.0": Image()}
+            nodes.folders[CACHE] = Path(os.environ.get("BLOCKYARD_CACHE", Path.home() / ".cache/blockyard"))
             made.run(nodes.add(NODE, gpus=0))
             yield made
         finally:
@@ -95,17 +99,17 @@ class Release:
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
     def holder(self, but: str = "") -> str:
-        """The pod whose operator acts, as soon as it is another one than ``but``."""
+        """Who acts (its pod's name, "_" and a mark of its life), as soon as it is not ``but``."""
 
         def acts(lease: Raw | None) -> bool:
-            holder = ((lease or {}).get("spec") or {}).get("holderIdentity") or ""
-            return bool(holder) and not (but and holder.startswith(but))
+            return ((lease or {}).get("spec") or {}).get("holderIdentity") not in (None, "", but)
 
         lease = self._cluster.wait("Lease", "blockyard", self.namespace, acts, limit=LIMIT)
-        identity = str(lease["spec"]["holderIdentity"])
-        return next(
-            pod["metadata"]["name"] for pod in self.pods() if identity.startswith(pod["metadata"]["name"])
-        )
+        return str(lease["spec"]["holderIdentity"])
+
+
+def pod_of(identity: str) -> str:
+    return identity.rpartition("_")[0]
 
 
 @pytest.fixture
@@ -141,7 +145,7 @@ def objects(cluster: Cluster) -> set[tuple[str, str, str]]:
 def until_left(
     cluster: Cluster, before: set[tuple[str, str, str]], but: Set[tuple[str, str, str]] = frozenset()
 ) -> set[tuple[str, str, str]]:
-    """What is there now and was not ``before``, once it is no more than ``but`` or has long ceased to become less.
+    """What is there now and was not ``before``, once it is ``but`` or has long ceased to become less.
 
     The garbage collector learns of new kinds once in 30 s and then tries again after growing pauses.
     """
@@ -161,8 +165,10 @@ def service(namespace: str, name: str = "model", **spec: Any) -> Raw:
         "kind": "LLMService",
         "metadata": {"name": name, "namespace": namespace},
         "spec": {
-            "model": {"hub": {"name": "SmolLM2-135M-Instruct"}},
+            "model": {"hub": {"name": "SmolLM2-135M-Instruct"}, "cacheHostPath": CACHE},
             "device": "cpu",
+            "engine": {"threads": 1, "maxModelLen": 512},
+            "kv": {"blocks": 64},
             "replicas": 0,
             "gateway": {"replicas": 0},
             **spec,
@@ -185,7 +191,7 @@ def observed(found: Raw | None) -> bool:
 def test_the_api_server_takes_every_object(
     cluster: Cluster, namespace: str, variant: str, tmp_path: Path
 ) -> None:
-    """Strictly: it refuses fields that it does not know. The Prometheus operator's kinds are not known here."""
+    """Strictly, without fields that it does not know. The Prometheus operator's kinds are not known here."""
     values = dict(VARIANTS[variant])
     if "namespaces" in values:
         values["namespaces"] = [namespace]
@@ -202,7 +208,7 @@ def test_the_api_server_takes_every_object(
 
 
 def test_the_operators_pod_is_admitted_where_only_restricted_pods_are(
-    cluster: Cluster, namespace: str, tmp_path: Path
+    cluster: Cluster, namespace: str
 ) -> None:
     change = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}
     cluster.patch("Namespace", namespace, None, change)
@@ -234,7 +240,7 @@ def test_install_upgrade_and_uninstall_leave_nothing_behind_but_the_crds(
     # An upgrade changes what it should: another operator with another setting, and the service as it was.
     release.upgrade(workers=3)
     second = release.holder(but=first)
-    (container,) = cluster.get("Pod", second, namespace)["spec"]["containers"]
+    (container,) = cluster.get("Pod", pod_of(second), namespace)["spec"]["containers"]
     assert {"name": "BLOCKYARD_OPERATOR_WORKERS", "value": "3"} in container["env"]
     kept = cluster.get("LLMService", "model", namespace)
     assert (kept["metadata"]["uid"], kept["metadata"]["generation"]) == (made["metadata"]["uid"], 1)
@@ -296,20 +302,16 @@ def test_of_two_replicas_one_acts_and_the_other_takes_over(
     assert len(release.pods()) == 2
     assert cluster.find("PodDisruptionBudget", "blockyard", namespace)
     first = release.holder()
-    cluster.run(as_coroutine(cluster, first, namespace))
-    assert release.holder(but=first) != first
+    assert cluster.stand_in
+    cluster.run(asyncio.to_thread(cluster.stand_in.kill, pod_of(first), namespace))
+    second = release.holder(but=first)
+    assert pod_of(second) in {pod["metadata"]["name"] for pod in release.pods()}
     cluster.apply(service(namespace))
     cluster.wait("LLMService", "model", namespace, observed, limit=LIMIT)
 
 
-async def as_coroutine(cluster: Cluster, pod: str, namespace: str) -> int:
-    """kill -9, from within the stand-in's event loop."""
-    assert cluster.stand_in
-    return cluster.stand_in.kill(pod, namespace)
-
-
 def test_with_namespaces_the_operator_serves_these_and_leaves_others_alone(
-    cluster: Cluster, namespace: str, release: Release
+    cluster: Cluster, release: Release
 ) -> None:
     before = objects(cluster)
     for name in ("served", "other"):
@@ -340,15 +342,18 @@ def test_with_namespaces_the_operator_serves_these_and_leaves_others_alone(
 
 
 def can(cluster: Cluster, user: str, namespace: str, verb: str, resource: str) -> bool:
-    asked = (
-        f"{resource}.serving.blockyard.dev"
-        if "/" not in resource
-        else resource.replace("/", ".serving.blockyard.dev/")
-    )
+    resource, _, subresource = resource.partition("/")
     said = cluster.kubectl(
-        "auth", "can-i", verb, asked, f"--as={user}", f"--namespace={namespace}", check=False
-    )
+        "auth", "can-i", verb, f"{resource}.serving.blockyard.dev", f"--subresource={subresource}",
+        f"--as={user}", f"--namespace={namespace}", check=False,
+    )  # fmt: skip
     return said.strip().splitlines()[-1] == "yes"
+
+
+def grants(verb: str) -> Callable[[Raw | None], bool]:
+    """Does a role grant this verb on KVMoves?"""
+    right = Right("serving.blockyard.dev", "kvmoves", verb)
+    return lambda role: role is not None and right in rights.of_role(role)
 
 
 def test_viewers_and_editors_of_a_namespace_may_do_so_with_its_services(
@@ -366,20 +371,8 @@ def test_viewers_and_editors_of_a_namespace_may_do_so_with_its_services(
         )
     both = ("llmservices", "kvmoves")
     # The roles are aggregated by a controller.
-    cluster.wait(
-        "ClusterRole",
-        "admin",
-        None,
-        lambda role: (
-            bool(role) and Right("serving.blockyard.dev", "kvmoves", "patch") in rights.of_role(role)
-        ),
-    )
-    cluster.wait(
-        "ClusterRole",
-        "view",
-        None,
-        lambda role: bool(role) and Right("serving.blockyard.dev", "kvmoves", "get") in rights.of_role(role),
-    )
+    cluster.wait("ClusterRole", "admin", None, grants("patch"), limit=LIMIT)
+    cluster.wait("ClusterRole", "view", None, grants("get"), limit=LIMIT)
     for user in ("viewer", "editer", "adminer"):
         assert all(
             can(cluster, user, namespace, verb, each) for verb in ("get", "list", "watch") for each in both
@@ -403,13 +396,15 @@ HELD = {
 
 
 def test_every_right_is_used_and_none_is_missing(cluster: Cluster, namespace: str, release: Release) -> None:
-    """A service's whole life with everything on and off, while the API server writes down who asks for what."""
+    """A service's life with everything on and off, while the API server writes down who asks for what."""
     cluster.create(service_monitor_definition())
     cluster.wait("CustomResourceDefinition", "servicemonitors.monitoring.coreos.com", None, established)
     try:
         release.install()
         live_a_life(cluster, namespace, release)
-        cluster.run(rare_coincidences(cluster, namespace))
+        account = cluster.kubeconfig_of("blockyard", namespace)
+        owner = cluster.get("ConfigMap", "kube-root-ca.crt", namespace)
+        cluster.run(rare_coincidences(account, namespace, owner))
         assert cluster.control_plane
         log = cluster.control_plane.audit_log
         granted = {
@@ -426,60 +421,44 @@ def test_every_right_is_used_and_none_is_missing(cluster: Cluster, namespace: st
 
 
 def live_a_life(cluster: Cluster, namespace: str, release: Release) -> None:
-    """An agent and a gateway come, are scaled, retired and deleted; the Lease is deleted by somebody meanwhile."""
+    """An agent and a gateway come and go, their service too; somebody deletes the Lease meanwhile."""
     everything: Raw = {"replicas": 1, "gateway": {"replicas": 1}, "monitoring": {"serviceMonitor": True}}
-    drain = {"timeoutSeconds": 0}
-    cluster.apply(service(namespace, drain=drain, **everything))
-    cluster.wait("Deployment", "model-gateway", namespace, bool, limit=LIMIT)
-    cluster.wait("ServiceMonitor", "model", namespace, bool, limit=LIMIT)
-    cluster.wait("LLMService", "model", namespace, agents(1), limit=LIMIT)
+    cluster.apply(service(namespace, **everything))
+    cluster.wait("LLMService", "model", namespace, settled(1), limit=STARTING)
+    assert cluster.find("Deployment", "model-gateway", namespace)
+    assert cluster.find("ServiceMonitor", "model", namespace)
     cluster.delete("Lease", "blockyard", namespace)
     release.holder()
-    cluster.apply(service(namespace, drain=drain, replicas=0))
+    cluster.apply(service(namespace))
     for kind, name in (
         ("Deployment", "model-gateway"), ("ServiceMonitor", "model"), ("ServiceAccount", "model-gateway"),
         ("Role", "model-gateway"), ("RoleBinding", "model-gateway"),
     ):  # fmt: skip
         cluster.wait(kind, name, namespace, lambda found: found is None, limit=LIMIT)
-    cluster.wait("LLMService", "model", namespace, agents(0), limit=LIMIT)
+    cluster.wait("LLMService", "model", namespace, settled(0), limit=LIMIT)
     cluster.kubectl("delete", "llms", "model", f"--namespace={namespace}", f"--timeout={LIMIT:.0f}s")
 
 
-def agents(count: int) -> Any:
-    """Does the status tell of so many agents' pods?"""
-    return lambda found: observed(found) and len(found["status"].get("agents") or ()) == count
-
-
-async def rare_coincidences(cluster: Cluster, namespace: str) -> None:
-    """What the operator does when an answer was lost, and when a restarted one says again what the last one said:
-    its own code, under its account, in the situations themselves.
-    """
-    access = await _account(cluster, namespace)
-    path = access.write_kubeconfig(cluster.folder / f"{namespace}-operator.kubeconfig")
-    settings = OperatorSettings(agent_image="x", kubeconfig=path)
-    api = await Kube.connect(settings, lambda *_: None)
+async def rare_coincidences(account: Path, namespace: str, owner: Raw) -> None:
+    """An answer was lost, and a restarted operator says what the last one said: its code, its account."""
+    api = await Kube.connect(OperatorSettings(agent_image="x", kubeconfig=account), lambda *_: None)
+    reference = {key: owner[key] for key in ("apiVersion", "kind")} | {"controller": True}
+    reference |= {key: owner["metadata"][key] for key in ("name", "uid")}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "twice", "namespace": namespace, "ownerReferences": [reference]},
+        "spec": {"containers": [{"name": "a", "image": "a"}], "nodeSelector": {"no": "node"}},
+    }
     try:
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": "twice", "namespace": namespace},
-            "spec": {"containers": [{"name": "a", "image": "a"}], "nodeSelector": {"no": "node"}},
-        }
-        first = await api.create(pod)
-        again = await api.create(pod)
-        assert again["metadata"]["uid"] == first["metadata"]["uid"]
+        first, again = await api.create(pod), await api.create(pod)
+        assert first["metadata"]["uid"] == again["metadata"]["uid"]
         await api.delete(kube.POD, namespace, "twice", first["metadata"]["uid"], grace_seconds=0)
         subject = Service.of({"metadata": {"name": "x", "namespace": namespace, "uid": "y"}, "spec": {}})
         for _ in range(2):
-            recorder = Recorder(api, "test")
-            await recorder.emit(subject, "Normal", "Tested", "Test", "the same words")
+            await Recorder(api, "test").emit(subject, "Normal", "Tested", "Test", "the same words")
     finally:
         await api.close()
-
-
-async def _account(cluster: Cluster, namespace: str) -> Any:
-    status = await cluster.api.token("blockyard", namespace, expirationSeconds=3600)
-    return cluster.access.with_token(status["token"])
 
 
 def service_monitor_definition() -> Raw:
@@ -510,8 +489,8 @@ def test_the_rights_that_no_request_needs_are_needed_all_the_same(
     release.install(replicas=0)
     made = cluster.create(service(namespace))
     owner = {
-        "apiVersion": made["apiVersion"], "kind": made["kind"], "name": "model", "uid": made["metadata"]["uid"],
-        "controller": True, "blockOwnerDeletion": True,
+        "apiVersion": made["apiVersion"], "kind": made["kind"], "name": "model",
+        "uid": made["metadata"]["uid"], "controller": True, "blockOwnerDeletion": True,
     }  # fmt: skip
     child = {
         "apiVersion": "rbac.authorization.k8s.io/v1",
