@@ -45,7 +45,9 @@ def tokenizer(model: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
     engine = Engine(
-        EngineConfig(model=str(model), device="cpu", kv_blocks=120, max_num_seqs=8, max_model_len=512)
+        EngineConfig(
+            model=str(model), device="cpu", threads=1, kv_blocks=120, max_num_seqs=8, max_model_len=512
+        )
     )
     yield engine
     engine.close()
@@ -118,9 +120,11 @@ def test_a_grammar_survives_preemption(model: Path, tokenizer: Tokenizer) -> Non
         temperature=1.0, seed=4, max_tokens=100, structure=Structure("json_schema", PERSON)
     )
     engine = Engine(
-        EngineConfig(model=str(model), device="cpu", kv_blocks=8, max_num_seqs=8, max_model_len=128)
+        EngineConfig(
+            model=str(model), device="cpu", threads=1, kv_blocks=8, max_num_seqs=8, max_model_len=128
+        )
     )
-    texts = run(engine, tokenizer, ["A person:", "Another person:", "One more:", "The last person:"], params)
+    texts = run(engine, tokenizer, [f"Person number {i} is" for i in range(8)], params)
     assert engine.stats().preemptions_recompute > 0
     engine.close()
     for text, reason in texts.values():
