@@ -2,8 +2,8 @@
 
 It keeps the rules of the real ones as far as the operator relies on them: names are unique, a deleted pod
 with a running container stays until its grace period ends, a pod on a dead node changes no more, agents
-forget that they drain when they restart. ``carry_out`` is the operator's hand, and checks every action against what
-must never happen.
+forget that they drain when they restart. ``carry_out`` is the operator's hand, and checks every action
+against what must never happen.
 """
 
 from __future__ import annotations
@@ -283,6 +283,8 @@ class Simulated:
             return
         elif pod.agent is None:
             pod.phase, pod.agent = "Running", "starting"
+        elif pod.agent == "failed":
+            self.crash(pod)  # by its liveness probe
         elif pod.agent == "starting":
             pod.agent = "ready"
         elif pod.agent == "draining":
