@@ -90,15 +90,15 @@ class Fleet:
         return None if found is None else found.report
 
     def unheard(self, key: Key) -> float:
-        """Seconds for which it is worth to wait for the first reports of a service's agents; 0 if all are there.
+        """Seconds for which a service's agents' first reports are worth waiting for; 0 if all are there.
 
-        An operator that has just started knows nothing of agents that work; deciding and writing a status without
-        their reports would be undone a moment later.
+        An operator that has just started knows nothing of agents that have long been working: what it decided
+        and wrote without their reports would be undone a moment later.
         """
         now = asyncio.get_running_loop().time()
         agents = [self._agents[uid] for uid in self._of.get(key, ())]
         waits = (agent.since + FIRST_TIMEOUT - now for agent in agents if agent.report is None)
-        return max(0.0, *waits, 0.0)
+        return max(waits, default=0.0)
 
     def follow(self, key: Key, pods: Mapping[str, Pod], token: str) -> None:
         """The pods of a service by uid. What is not among them is forgotten, report and all."""

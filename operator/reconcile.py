@@ -157,8 +157,8 @@ class Reconciler:
         problem: Exception | None = None
         try:
             await self._prepare(custom, service, wanted)
-            if (seconds := self._fleet.unheard(key)) > 0:
-                self._queue.add_after(key, seconds)
+            if (patience := self._fleet.unheard(key)) > 0:
+                self._queue.add_after(key, patience)
                 return
             await self._converge(custom, service, revision, done)
             self._refused.pop(key, None)
@@ -206,7 +206,7 @@ class Reconciler:
         )
 
     async def _prepare(self, custom: Custom, service: Service, wanted: list[Raw]) -> None:
-        """Everything that is there before agents are and beside them, and somebody to follow those that are."""
+        """Make what is there before agents are and beside them, and follow those that are."""
         if not service.deleting and service.spec is not None and not service.paused:
             await self._hold(custom)
             await self._token(service, make=True)
@@ -216,7 +216,7 @@ class Reconciler:
             self._fleet.follow(key, self._cluster.pods_of(service), token)
 
     async def _converge(self, custom: Custom, service: Service, revision: str, done: list[Action]) -> None:
-        """Carry out everything that is to be done now; ``done`` holds what was, also if this fails."""
+        """Carry out all that is to be done now; ``done`` holds what was, also if this fails."""
         if service.deleting and not self._cluster.pods_of(service):
             await self._let_go(custom)
             return

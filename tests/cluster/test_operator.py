@@ -1,4 +1,4 @@
-"""The operator on a real control plane, with real agents in its pods: what it makes, changes, heals and takes away.
+"""The operator on a real control plane, real agents in its pods: what it makes, changes, heals, takes away.
 
 A recorder follows every status that is written, and each must be true of itself.
 """
@@ -115,8 +115,9 @@ def untruths(found: Raw) -> list[str]:
     return [f"{words}: {status}" for words, holds in wrong.items() if holds]
 
 
+@pytest.mark.usefixtures("node")
 def test_apply_chat_scale_out_and_in_and_delete(
-    cluster: Cluster, namespace: str, node: str, start: StartOperator
+    cluster: Cluster, namespace: str, start: StartOperator
 ) -> None:
     operator = start()
     service = Service(cluster, "chat", namespace)
@@ -149,9 +150,8 @@ def test_apply_chat_scale_out_and_in_and_delete(
     assert operator.writes() > writes
 
 
-def test_a_steady_service_costs_no_writes(
-    cluster: Cluster, namespace: str, node: str, start: StartOperator
-) -> None:
+@pytest.mark.usefixtures("node")
+def test_a_steady_service_costs_no_writes(cluster: Cluster, namespace: str, start: StartOperator) -> None:
     operator = start()
     service = Service(cluster, "idle", namespace)
     cluster.create(manifest("idle", namespace))
@@ -189,15 +189,16 @@ def test_a_steady_service_costs_no_writes(
     assert cluster.get("LLMService", "idle", namespace) == found
 
 
+@pytest.mark.usefixtures("node")
 def test_a_rolling_update_goes_on_where_a_killed_operator_left_it(
-    cluster: Cluster, namespace: str, node: str, start: StartOperator
+    cluster: Cluster, namespace: str, start: StartOperator
 ) -> None:
     first = start()
     service = Service(cluster, "roll", namespace)
     cluster.create(manifest("roll", namespace, replicas=2))
     with Recorder(cluster, "roll", namespace) as recorder:
         old = service.wait(settled(2))["status"]["revision"]
-        before = {pod["metadata"]["uid"] for pod in service.pods()}
+        before = {pod["metadata"]["name"] for pod in service.pods()}
         service.patch(engine={"maxSequences": 3})
         service.wait(lambda found: condition(found, "Progressing") == "True")
         first.kill()
@@ -206,15 +207,17 @@ def test_a_rolling_update_goes_on_where_a_killed_operator_left_it(
         second.wait_until_acting()
         new = service.wait(settled(2))["status"]["revision"]
         assert old != new
-        assert not before & {pod["metadata"]["uid"] for pod in service.pods()}
+        for name in before:
+            cluster.wait("Pod", name, namespace, lambda found: found is None)
         ready = [found["status"]["readyReplicas"] for found in recorder.seen if "status" in found]
         assert min(ready[ready.index(2) :]) == 2, "an old agent went before a new one was ready"
         assert max(found["status"]["replicas"] for found in recorder.seen if "status" in found) <= 3
     assert all(pod["metadata"]["labels"]["serving.blockyard.dev/revision"] == new for pod in service.pods())
 
 
+@pytest.mark.usefixtures("node")
 def test_a_killed_agent_and_a_lost_node_are_healed(
-    cluster: Cluster, namespace: str, nodes: NodeStandIn, node: str, start: StartOperator
+    cluster: Cluster, namespace: str, nodes: NodeStandIn, start: StartOperator
 ) -> None:
     start()
     service = Service(cluster, "heal", namespace)
@@ -239,8 +242,9 @@ def test_a_killed_agent_and_a_lost_node_are_healed(
         assert service.chat(moved, "Say hello.")
 
 
+@pytest.mark.usefixtures("node")
 def test_what_cannot_be_scheduled_is_said_in_the_schedulers_words(
-    cluster: Cluster, namespace: str, node: str, start: StartOperator
+    cluster: Cluster, namespace: str, start: StartOperator
 ) -> None:
     start()
     service = Service(cluster, "stuck", namespace)
@@ -255,8 +259,9 @@ def test_what_cannot_be_scheduled_is_said_in_the_schedulers_words(
     service.wait(lambda found: reason(found, "Ready")[0] == "ScaledToZero")
 
 
+@pytest.mark.usefixtures("node")
 def test_a_template_that_does_not_fit_is_said_and_stops_nothing_else(
-    cluster: Cluster, namespace: str, node: str, start: StartOperator
+    cluster: Cluster, namespace: str, start: StartOperator
 ) -> None:
     operator = start()
     bad, good = Service(cluster, "bad", namespace), Service(cluster, "good", namespace)

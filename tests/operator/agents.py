@@ -104,6 +104,10 @@ class Agent:
         async with asyncio.timeout(limit), self._changed:
             await self._changed.wait_for(lambda: len(self.polls) >= times)
 
+    async def asked_to_drain(self, limit: float = 30.0) -> None:
+        async with asyncio.timeout(limit), self._changed:
+            await self._changed.wait_for(lambda: self.drains)
+
     async def let_go(self) -> None:
         async with self._changed:
             self._open = False

@@ -23,7 +23,16 @@ from blockyard.operator.kube import COMPANIONS, EVENT, KV_MOVE, LEASE, LLM_SERVI
 from kubernetes.aio.client.configuration import Configuration
 
 Raw = dict[str, Any]
-KINDS = {kind.plural: kind for kind in (*COMPANIONS, LLM_SERVICE, KV_MOVE, POD, NODE, SECRET, EVENT, LEASE)}
+# kopf asks whether the cluster has these before it watches anything.
+ELSE = (
+    Kind("v1", "Namespace", "namespaces", namespaced=False),
+    Kind(
+        "apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False
+    ),
+)
+KINDS = {
+    kind.plural: kind for kind in (*COMPANIONS, LLM_SERVICE, KV_MOVE, POD, NODE, SECRET, EVENT, LEASE, *ELSE)
+}
 WITH_STATUS = {LLM_SERVICE.plural, POD.plural, NODE.plural, "deployments", "poddisruptionbudgets"}
 
 
@@ -60,7 +69,7 @@ class ApiServer:
         self.gate: asyncio.Event | None = None  # if set, writes wait for it
         self._changed = asyncio.Condition()
         self._called = asyncio.Condition()
-        self._watches: set[asyncio.Task[Any]] = set()
+        self._watches: dict[asyncio.Task[Any], asyncio.Transport | None] = {}
 
     async def __aenter__(self) -> Self:
         app = web.Application(client_max_size=1 << 24)
@@ -130,8 +139,10 @@ class ApiServer:
 
     async def cut_watches(self) -> None:
         """End all watches, as a load balancer or a restart of the API server does."""
-        for watch in list(self._watches):
-            watch.cancel()
+        for task, transport in list(self._watches.items()):
+            if transport is not None:
+                transport.abort()
+            task.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)
 
     # ── The store ─────────────────────────────────────────────────────────────────────────────────
@@ -348,7 +359,7 @@ class ApiServer:
         await response.prepare(request)
         task = asyncio.current_task()
         assert task is not None
-        self._watches.add(task)
+        self._watches[task] = request.transport
         try:
             if since < self.horizon:
                 error = {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}
@@ -371,7 +382,7 @@ class ApiServer:
         except ConnectionError:
             return response
         finally:
-            self._watches.discard(task)
+            self._watches.pop(task, None)
 
 
 def failure(code: int, reason: str, message: str, headers: dict[str, str] | None = None) -> web.Response:

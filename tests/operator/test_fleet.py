@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,6 +28,15 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_module, "SHORTEST_PAUSE", 0.001)
     monkeypatch.setattr(fleet_module, "FIRST_BACKOFF", 0.01)
     monkeypatch.setattr(fleet_module, "LOAD_DELAY", 0.01)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """For what nobody tells of."""
+    for _ in range(3000):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came")
 
 
 class Fixture:
@@ -131,7 +140,7 @@ def test_counters_that_grow_with_every_token_never_mark_the_service() -> None:
     run(scenario())
 
 
-def test_a_busy_agent_is_asked_no_more_often_than_the_fleet_may(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_agent_is_asked_no_more_often_than_the_fleet_may() -> None:
     async def scenario() -> None:
         async with following(2) as (fixture, ips):
             fixture.fleet._rate = 2 / 3600  # polls per second, for the two together
@@ -171,9 +180,7 @@ def test_a_dead_agent_becomes_an_error_once_and_another_life_is_seen() -> None:
             await fixture.agents.stop(ip)
             await fixture.marked()
             assert fixture.report(ip).status is None and "onnect" in fixture.report(ip).error
-            errors = fixture.fleet.errors
-            while fixture.fleet.errors < errors + 2:
-                await asyncio.sleep(0.01)  # it goes on asking, and that is no news
+            await until(lambda errors=fixture.fleet.errors: fixture.fleet.errors >= errors + 2)
             assert len(fixture.queue) == 0
             await fixture.agents.restart(ip)
             await fixture.marked()
@@ -312,11 +319,9 @@ def test_only_a_few_agents_are_connected_to_at_once(monkeypatch: pytest.MonkeyPa
                 await fixture.agents.stop(ip)
                 await fixture.agents.restart(ip)
             fixture.follow(*ips)
-            while len(busy) < 3:
-                await asyncio.sleep(0.01)
-            for _ in range(20):
-                await asyncio.sleep(0.01)
-            assert len(busy) == 3
+            await until(lambda: len(busy) >= 3)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(until(lambda: len(busy) > 3), 0.3)
             answering.set()
             for ip in ips:
                 await fixture.agents.of[ip].polled(2)

@@ -28,7 +28,7 @@ class Clock:
 
 
 class Store:
-    """One Lease with versions and conflicts. Each call waits at two gates, before and after it is carried out."""
+    """One Lease with versions and conflicts. Each call waits at gates, before and after it is carried out."""
 
     def __init__(self) -> None:
         self.lease: Raw | None = None
@@ -78,7 +78,7 @@ class StoreClient:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_two_contenders_never_hold_it_together_and_one_always_takes_over(seed: int) -> None:
-    """Calls interleave, take any time, fail before or after they were carried out; processes sleep and die."""
+    """Calls interleave, take any time, fail before or after they are carried out; processes sleep and die."""
 
     async def scenario() -> None:
         dice, clock, store = random.Random(seed), Clock(), Store()
