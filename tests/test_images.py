@@ -178,21 +178,33 @@ def in_image(site: Path, code: str, **environment: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-IMPORT_ALL = """
+IMPORT = """
 import importlib, json, sys
-for name in {modules!r}:
-    importlib.import_module("blockyard.operator." + name)
-print(json.dumps(sorted(name.partition(".")[0] for name in sys.modules)))
+importlib.import_module({module!r})
+print(json.dumps(sorted(sys.modules)))
 """
 
 
+def started(dockerfile: Path) -> str:
+    """The module that the image runs."""
+    (entrypoint,) = texts(dockerfile, "ENTRYPOINT")
+    python, switch, module = json.loads(entrypoint)
+    assert (python, switch) == ("python", "-m")
+    return str(module)
+
+
 @pytest.fixture(scope="module")
-def imported(site: Path) -> set[str]:
-    """Names of the top-level modules that importing the whole operator brings in."""
-    modules = sorted(path.stem for path in ROOT.glob("operator/*.py"))
-    run = in_image(site, IMPORT_ALL.format(modules=modules))
+def loaded(site: Path) -> set[str]:
+    """Names of all modules that the operator's process loads."""
+    run = in_image(site, IMPORT.format(module=started(ROOT / "docker/operator.Dockerfile")))
     assert run.returncode == 0, run.stderr
     return set(json.loads(run.stdout))
+
+
+@pytest.fixture(scope="module")
+def imported(loaded: set[str]) -> set[str]:
+    """The top-level modules of those."""
+    return {name.partition(".")[0] for name in loaded}
 
 
 def test_the_operators_list_of_packages_is_complete(imported: set[str]) -> None:
@@ -208,7 +220,7 @@ def test_the_operators_list_of_packages_names_nothing_that_is_not_imported(impor
         )
 
 
-def test_what_the_operator_imports_itself_is_listed_itself() -> None:
+def test_what_the_operator_imports_itself_is_listed_itself(loaded: set[str]) -> None:
     """And does not just happen to come with something else, unless in one exact version (pydantic-core)."""
     brought = [distribution(each.name) for each in requirements()]
     pinned = [
@@ -219,7 +231,8 @@ def test_what_the_operator_imports_itself_is_listed_itself() -> None:
     ]
     brought += with_dependencies([each for each in pinned if not each.marker]).values()
     listed = {name.partition(".")[0] for each in brought for name in top_level(each)}
-    for path in [*ROOT.glob("operator/*.py"), ROOT / "agent/protocol.py"]:
+    ours = [ROOT / f"{'/'.join(name.split('.')[1:])}.py" for name in loaded if name.count(".") == 2]
+    for path in filter(Path.is_file, ours):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -244,9 +257,7 @@ def test_the_operators_ranges_are_those_of_the_project() -> None:
 
 
 def test_the_operators_image_starts_the_operator_which_says_what_it_needs(site: Path) -> None:
-    (entrypoint,) = texts(ROOT / "docker/operator.Dockerfile", "ENTRYPOINT")
-    python, switch, module = json.loads(entrypoint)
-    assert (python, switch) == ("python", "-m")
+    module = started(ROOT / "docker/operator.Dockerfile")
     run = in_image(site, f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
     assert run.returncode == 2, run.stderr
     assert "BLOCKYARD_OPERATOR_AGENT_IMAGE" in run.stderr

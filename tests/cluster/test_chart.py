@@ -16,7 +16,7 @@ import yaml
 from blockyard.agent.gateway_metrics import GatewayMetrics
 from blockyard.agent.metrics import Metrics as AgentMetrics
 from blockyard.agent.protocol import AgentStatus
-from blockyard.operator import children
+from blockyard.operator import children, reasons
 from blockyard.operator.kube import Kube
 from blockyard.operator.main import Operator
 from blockyard.operator.metrics import Metrics as OperatorMetrics
@@ -25,7 +25,7 @@ from blockyard.operator.settings import OperatorSettings
 from kubernetes.aio.client.configuration import Configuration
 from prometheus_client import CollectorRegistry
 
-from .binaries import prepare
+from .rights import of_role
 
 Raw = dict[str, Any]
 
@@ -154,8 +154,8 @@ class Helm:
 
 
 @pytest.fixture(scope="module")
-def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    return Helm(prepare(print)["helm"], tmp_path_factory.mktemp("helm"))
+def helm(programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    return Helm(programs["helm"], tmp_path_factory.mktemp("helm"))
 
 
 def of_kind(objects: list[Raw], kind: str) -> list[Raw]:
@@ -390,17 +390,6 @@ def test_the_readme_has_every_value_with_its_default() -> None:
 # ── Rights ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rights(role: Raw) -> set[tuple[str, str, str]]:
-    """(group, resource, verb) of a role's rules."""
-    return {
-        (group, resource, verb)
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
-
-
 def operators(objects: list[Raw]) -> list[Raw]:
     """The roles that are bound to the operator."""
     bound = {
@@ -421,7 +410,7 @@ def operators(objects: list[Raw]) -> list[Raw]:
 def test_no_right_is_a_wildcard_and_secrets_cannot_be_listed(helm: Helm, variant: str) -> None:
     objects = helm.objects(VARIANTS[variant])
     for role in of_kind(objects, "Role") + of_kind(objects, "ClusterRole"):
-        for group, resource, verb in rights(role):
+        for group, resource, verb in of_role(role):
             assert "*" not in (group, resource, verb)
             assert not (resource == "secrets" and verb in ("list", "watch", "delete", "update", "patch"))
             assert verb not in ("bind", "escalate", "impersonate")
@@ -430,14 +419,14 @@ def test_no_right_is_a_wildcard_and_secrets_cannot_be_listed(helm: Helm, variant
 def test_with_namespaces_nothing_but_nodes_is_seen_of_the_rest_of_the_cluster(helm: Helm) -> None:
     roles = operators(helm.objects(VARIANTS["namespaced"]))
     (cluster,) = of_kind(roles, "ClusterRole")
-    assert rights(cluster) == {("", "nodes", "list"), ("", "nodes", "watch")}
+    assert of_role(cluster) == {("", "nodes", "list"), ("", "nodes", "watch")}
     own, *others = sorted(
         of_kind(roles, "Role"), key=lambda role: role["metadata"]["name"] != "blockyard-lease"
     )
-    assert {resource for _, resource, _ in rights(own)} == {"leases"}
+    assert {resource for _, resource, _ in of_role(own)} == {"leases"}
     assert [role["metadata"]["namespace"] for role in others] == ["one", "two"]
     everywhere = of_kind(operators(helm.objects({})), "ClusterRole")
-    assert all(rights(role) | rights(cluster) == rights(everywhere[0]) for role in others)
+    assert all(of_role(role) | of_role(cluster) == of_role(everywhere[0]) for role in others)
 
 
 def test_the_operator_has_what_it_grants_to_gateways(helm: Helm) -> None:
@@ -456,7 +445,7 @@ def test_the_operator_has_what_it_grants_to_gateways(helm: Helm) -> None:
     assert granted
     (role,) = of_kind(operators(helm.objects({})), "ClusterRole")
     for each in granted:
-        assert rights(each) <= rights(role)
+        assert of_role(each) <= of_role(role)
 
 
 # ── Monitoring ────────────────────────────────────────────────────────────────────────────────────────────
@@ -601,3 +590,31 @@ def test_the_notes_say_what_uninstalling_leaves(helm: Helm) -> None:
     assert done.returncode == 0, done.stderr
     for words in ("kubectl delete llms --all -A", "leaves the CRDs", "helm show crds"):
         assert words in done.stdout
+
+
+# ── The page for who runs it ──────────────────────────────────────────────────────────────────────────────
+
+
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+
+
+def test_the_operations_page_explains_every_reason() -> None:
+    """And names none that does not exist: in the first column are the operator's and the kubelet's."""
+    ours = {value for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str)}
+    kubelets = {"ImagePullBackOff", "ErrImagePull", "CreateContainerConfigError", "CrashLoopBackOff"}
+    said = set(re.findall(r"`([A-Z][A-Za-z]+)`", OPERATIONS))
+    assert ours <= said, f"docs/operations.md says nothing of {ours - said}"
+    failures = OPERATIONS.split("## Common failures")[1].split("\n## ")[0]
+    named = {
+        word
+        for line in failures.splitlines()
+        if line.startswith("| `")
+        for word in re.findall(r"`([A-Z][A-Za-z]+)`", line.split("|")[1])
+    }
+    assert named <= ours | kubelets
+
+
+def test_the_operations_page_sets_only_values_that_exist() -> None:
+    known = set(leaves(VALUES, SCHEMA))
+    named = set(re.findall(r"--set '?([A-Za-z.]+)=", OPERATIONS))
+    assert {"image.repository", "namespaces"} <= named <= known
