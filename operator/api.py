@@ -44,7 +44,7 @@ Quantity = Annotated[
 
 def bytes_of(quantity: str) -> int:
     """A Quantity in bytes."""
-    number = quantity.rstrip("kMGTi")
+    number = quantity.rstrip("kKMGTi")
     return int(float(number) * _UNITS[quantity[len(number) :]])
 
 
@@ -483,7 +483,7 @@ class PoolStatus(Resource):
 class AgentLine(Resource):
     """One agent in a line."""
 
-    name: str = Field(max_length=253, description="The pod.")
+    name: str = Field(max_length=253, description="The agent, by the name of its pod.")
     node: str = Field(default="", max_length=253, description="Where the pod is.")
     state: str = Field(
         default="Unknown",
@@ -510,7 +510,7 @@ class Decision(Resource):
 
     time: str = Field(json_schema_extra={"format": "date-time"}, description="When it was carried out.")
     action: str = Field(max_length=32, description="Create, Drain or Delete.")
-    agent: str = Field(max_length=253, description="The pod.")
+    agent: str = Field(max_length=253, description="The agent, by the name of its pod.")
     reason: str = Field(max_length=64, description="Why, as one CamelCase word.")
     message: str = Field(default="", max_length=1024, description="Why, for a person.")
 

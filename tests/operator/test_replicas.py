@@ -278,7 +278,7 @@ def failures(*ages: float) -> dict[str, Any]:
     [((), 0), ((9,), 1), ((10,), 0), ((15, 40), 5), ((20, 40), 0), ((1,) * 9, 299), ((901,) * 9, 0)],
 )
 def test_failed_pods_are_replaced_after_a_growing_pause(ages: tuple[float, ...], wait: float) -> None:
-    """10 s after the first failure, twice as long after each further one, at most 300 s; 900 s are remembered."""
+    """10 s after the first failure, twice as long after each further one; 900 s are remembered."""
     failed = agent("a", phase="Failed", problem="UnexpectedAdmissionError", running=False, report=None)
     observed = seen(failed, status=failures(*ages))
     assert steps(observed) == ([] if wait else ["delete a", "create"])
