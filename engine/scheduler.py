@@ -208,16 +208,21 @@ class Scheduler:
         """Plan the next step. An empty schedule means that there is nothing to compute."""
         plan = Schedule()
         wanted, budget = self._serve(plan)
-        for sequence, count in wanted.items():
+        for sequence, (count, _) in wanted.items():
             self._grow(plan, sequence, count)
         if not plan.preempted:
             self._admit(plan, budget)
         plan.chunks.sort(key=lambda chunk: chunk.count > 1)
         return plan
 
-    def _serve(self, plan: Schedule) -> tuple[dict[Sequence, int], int]:
-        """Choose how many tokens each running sequence gets, preempting until their growth fits."""
-        wanted: dict[Sequence, int] = {}
+    def _serve(self, plan: Schedule) -> tuple[dict[Sequence, tuple[int, int]], int]:
+        """Choose how many tokens each running sequence gets, preempting until their growth fits.
+
+        Returns (tokens, blocks) of each sequence, in the order in which they are to grow, and what is left
+        of the budget.
+        """
+        wanted: dict[Sequence, tuple[int, int]] = {}
+        copies: Counter[int] = Counter()  # how many of those that share a block will have left it
         budget = self.limits.max_batch_tokens
         claimed = 0  # blocks that the chosen sequences will take
         asks = [ask for request in self.running for ask in self._asks(request)]
@@ -226,19 +231,20 @@ class Scheduler:
             if len(ask) > budget or ask[0][0].place is not Place.DEVICE:  # preempted a moment ago
                 continue
             chosen = [(sequence, min(count, budget)) for sequence, count in ask]
-            need = sum(self._growth(sequence, count) for sequence, count in chosen)
+            growth = [self._growth(sequence, count, copies) for sequence, count in chosen]
+            need = sum(growth)
             while claimed + need > self.pool.available and ask[0][0].place is Place.DEVICE:
                 victim = self.running[-1]
                 for sequence in victim.live:
                     if sequence in wanted:
-                        count = wanted.pop(sequence)
+                        count, blocks = wanted.pop(sequence)
                         budget += count
-                        claimed -= self._growth(sequence, count)
+                        claimed -= blocks
                 self._preempt(plan, victim)
             if ask[0][0].place is Place.DEVICE:
                 claimed += need
-                for sequence, count in chosen:
-                    wanted[sequence] = count
+                for (sequence, count), blocks in zip(chosen, growth, strict=True):
+                    wanted[sequence] = count, blocks
                     budget -= count
         return wanted, budget
 
@@ -274,11 +280,20 @@ class Scheduler:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_tokens)
 
-    def _growth(self, sequence: Sequence, count: int) -> int:
-        """Blocks that computing ``count`` more tokens takes from the pool, copy-on-write included."""
-        blocks = sequence.blocks
-        new = self._blocks_for(sequence.num_computed + count) - len(blocks)
-        return new + (self._shared_tail(sequence) is not None)
+    def _growth(self, sequence: Sequence, count: int, copies: Counter[int]) -> int:
+        """Blocks that computing ``count`` more tokens takes from the pool, copy-on-write included.
+
+        ``copies`` are those that other sequences will make before, and gets this one's.
+        """
+        new = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        tail = self._shared_tail(sequence)
+        if tail is None:
+            return new
+        block = sequence.blocks[tail]
+        if self.pool.references(block) - copies[block] == 1:
+            return new  # all others have gone: the last one keeps it
+        copies[block] += 1
+        return new + 1
 
     def _shared_tail(self, sequence: Sequence) -> int | None:
         """Index of the half-filled block, if a sibling shares it and it is about to be written."""

@@ -234,6 +234,35 @@ def test_a_request_as_large_as_the_pool_is_served(oracle_engine: MakeEngine) -> 
         assert tokens["next", 0] == greedy_reference([6] * 15, 17, ignore_eos=True)
 
 
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("kind", ["n", "best_of", "beam"])
+@pytest.mark.parametrize("width", [2, 3, 5])
+@pytest.mark.parametrize("prompt_length", [1, 3, 4, 7])
+@pytest.mark.parametrize("max_tokens", [2, 5, 6])
+def test_a_forked_request_is_served_by_exactly_the_blocks_it_was_admitted_for(
+    oracle_engine: MakeEngine, preemption: str, kind: str, width: int, prompt_length: int, max_tokens: int
+) -> None:
+    """Of the sequences that share a half-filled block the last one writes to it, and needs no copy."""
+    blocks = -(-(prompt_length + max_tokens - 1) // 4)
+    blocks += (width - 1) * (blocks - prompt_length // 4)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        n=1 if kind == "best_of" else width,
+        best_of=width,
+        beam_search=kind == "beam",
+        ignore_eos=True,
+    )
+    prompt = [5] * prompt_length
+    with pytest.raises(RequestError, match=r"the pool has|serves at most"):
+        oracle_engine(num_blocks=blocks - 1, preemption=preemption).add_request("r", prompt, params)
+    engine = oracle_engine(num_blocks=blocks, host_blocks=50, preemption=preemption)
+    engine.add_request("r", prompt, params)
+    drain(engine, limit=100)
+    stats = engine.stats()
+    assert stats.preemptions_recompute == stats.preemptions_swap == 0, "alone it fits"
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Requests of every kind come, are stepped and aborted in any order under little memory."""
 
@@ -248,7 +277,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(
         block_tokens=st.sampled_from([1, 2, 4]),
-        num_blocks=st.integers(24, 40),
+        num_blocks=st.integers(6, 40),
         host_blocks=st.sampled_from([0, 8, 60]),
         max_batch_tokens=st.integers(3, 20),
         preemption=st.sampled_from(["recompute", "swap"]),
@@ -324,7 +353,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert host.active == 0
 
 
-@pytest.mark.parametrize("examples", [120])
+@pytest.mark.parametrize("examples", [150])
 def test_engine_machine(oracle_engine: MakeEngine, examples: int) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
