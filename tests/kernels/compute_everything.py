@@ -6,7 +6,7 @@ import sys
 
 import torch
 from blockyard import kernels
-from blockyard.kernels import PagedBatch, cpu_build
+from blockyard.kernels import PagedBatch
 
 
 def everything() -> list[torch.Tensor]:
@@ -63,6 +63,5 @@ def everything() -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    cpu_build.FLAGS[0] = "-O0"  # quick to build
     print(kernels.backend(torch.device("cpu")))
     torch.save(everything(), sys.argv[1])
