@@ -74,7 +74,9 @@ class Reconciler:
         self._load_written: dict[Key, float] = {}  # when a status was last written
 
     async def run(self, workers: int, namespaces: Sequence[str], resync_seconds: float) -> None:
-        """List everything, then work until cancelled."""
+        """List everything, then work until cancelled; then again, though others may have acted meanwhile."""
+        self._tokens.clear()
+        self._refused.clear()
         await self._resync(namespaces)
         for custom in self._cluster.services:
             self._queue.add((custom.service.namespace, custom.service.name))
