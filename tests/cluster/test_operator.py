@@ -26,6 +26,7 @@ from .operator_process import (
     reason,
     settled,
 )
+from .rights import operators_account
 
 StartOperator = Callable[..., OperatorProcess]
 
@@ -46,13 +47,19 @@ def node(cluster: Cluster, nodes: NodeStandIn, namespace: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def start(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[StartOperator]:
+def account(cluster: Cluster, namespace: str) -> Iterator[Path]:
+    """A kubeconfig of the chart's ServiceAccount; afterwards nothing may have been refused to it."""
+    yield from operators_account(cluster, namespace)
+
+
+@pytest.fixture
+def start(cluster: Cluster, namespace: str, account: Path, tmp_path: Path) -> Iterator[StartOperator]:
     """Operators of the test's namespace; they end with it, after its services."""
     started: list[OperatorProcess] = []
 
     def begin(**settings: str) -> OperatorProcess:
         wait = settings.pop("wait", "yes") == "yes"
-        started.append(OperatorProcess(cluster.kubeconfig, namespace, tmp_path, wait=wait, **settings))
+        started.append(OperatorProcess(account, namespace, tmp_path, wait=wait, **settings))
         return started[-1]
 
     yield begin
