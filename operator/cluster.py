@@ -50,6 +50,7 @@ class Mirror(Generic[Value]):
         self._parse = parse
         self._changed = changed
         self._entries: dict[Key, _Entry[Value]] = {}
+        self._settled: dict[str | None, int] = {}  # versions of the newest lists, by namespace; None: of all
 
     def get(self, key: Key) -> Value | None:
         entry = self._entries.get(key)
@@ -71,7 +72,11 @@ class Mirror(Generic[Value]):
 
     def _keep(self, key: Key, version: int, raw: Raw | None) -> None:
         entry = self._entries.get(key)
-        if entry is not None and version <= entry.version:
+        # What is not there, although a list has been read, was gone by then: older tellings are late.
+        known = (
+            max(self._settled.get(None, 0), self._settled.get(key[0], 0)) if entry is None else entry.version
+        )
+        if version <= known:
             return
         before, after = None if entry is None else entry.value, None if raw is None else self._parse(raw)
         self._entries[key] = _Entry(version, after)
@@ -80,6 +85,7 @@ class Mirror(Generic[Value]):
 
     def settle(self, listed: set[Key], version: int, namespace: str | None = None) -> None:
         """A list as of ``version`` held these keys, each already ``put``: older ones are gone."""
+        self._settled[namespace] = max(version, self._settled.get(namespace, 0))
         for key, entry in list(self._entries.items()):
             if key in listed or entry.version > version or namespace not in (None, key[0]):
                 continue
