@@ -26,9 +26,9 @@ from .routing import AgentView
 log = logging.getLogger("blockyard.gateway")
 
 POLL_WAIT = 4.0  # seconds a long poll may last
-ANSWER_TIMEOUT = 3.0  # seconds for an answer beyond that
-STALE_AFTER = 8.0  # seconds after its last report an agent is not chosen any more
-LOST_AFTER = 12.0  # seconds after its last report what waits for it is told to go elsewhere
+ANSWER_TIMEOUT = 6.0  # seconds for an answer beyond that
+STALE_AFTER = 6.0  # seconds after its last report an agent is not chosen any more
+LOST_AFTER = 9.0  # seconds after its last report what waits for it is told to go elsewhere
 POLL_INTERVAL = 0.05  # seconds between two polls at least: busy agents change all the time
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds before an agent that did not answer is asked again
 NO_PREFIXES_PAUSE = 30.0  # seconds before an agent that does not know /prefixes is asked again

@@ -330,6 +330,7 @@ def test_an_agent_that_falls_silent_is_not_chosen_not_forgotten_and_not_waited_f
             a.silent = True
             silent = await agents_when(s.client, s.url, lambda agents: not agents["a"]["ready"])
             assert silent["a"]["status"]["state"] == "ready"  # what it said last
+            assert silent["a"]["stale"] and silent["a"]["error"] == ""  # sooner than its answer is overdue
             status, answer, _ = await waiting
             assert (status, answer) == (200, {"from": "b"})
             assert (await s.ask())[1] == {"from": "b"}

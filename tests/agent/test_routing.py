@@ -189,16 +189,17 @@ def test_a_conversation_begins_with_the_one_before() -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2000)), max_size=30), st.data())
 def test_a_mirror_knows_what_the_log_knows(prompts: list[tuple[int, int]], data: st.DataObject) -> None:
     """Brought up to date at any times, and although the log forgets all the time."""
-    log, mirror = PrefixLog("one"), PrefixMirror()
+    log, mirror, expects = PrefixLog("one"), PrefixMirror(), data.draw(st.booleans())
     log.resize(data.draw(st.sampled_from([100, 1000, 10**6])))
     for kind, end in prompts:
         log.record(sketch([str(kind), TEXT[:end]], ""))
         if data.draw(st.booleans()):
-            if data.draw(st.booleans()):
+            if expects:
                 mirror.expect(sketch([TEXT[:end]], "never sent"))
             mirror.update(log.report(mirror.version if mirror.incarnation else 0))
             assert set(log) <= set(mirror)
     mirror.update(log.report(mirror.version if mirror.incarnation else 0))
+    assert expects or set(log) == set(mirror)
     again = PrefixMirror()
     again.update(log.report())
     assert set(again) == set(log)
@@ -222,6 +223,19 @@ def test_a_log_forgets_what_was_used_longest_ago() -> None:
     for number in range(MAX_ENTRIES // 10):
         log.record(sketch([f"{number} " + TEXT[:1000]], ""))
     assert len(log) <= MAX_ENTRIES
+
+
+def test_what_was_expected_and_never_came_is_forgotten_with_its_time() -> None:
+    log, mirror = PrefixLog("one"), PrefixMirror()
+    log.resize(pool_tokens=100)
+    mirror.update(log.report())
+    lost = sketch(["lost on the way " * 20], "")
+    mirror.expect(lost)
+    assert lost.shared_with(mirror) > 0
+    for number in range(3):
+        log.record(sketch([str(number), TEXT[:1000]], ""))
+    mirror.update(log.report(mirror.version))
+    assert lost.shared_with(mirror) == 0
 
 
 def test_a_mirror_begins_anew_with_another_life() -> None:
