@@ -149,7 +149,7 @@ def manifest(name: str, namespace: str, **spec: Any) -> Raw:
 
 
 def condition(found: Raw | None, kind: str) -> str:
-    """The status of a condition, "" where there is none; of the object's current generation if it says which."""
+    """The status of a condition; "" where there is none."""
     return str(_condition(found, kind).get("status", ""))
 
 
