@@ -274,8 +274,9 @@ def _budget(service: Service) -> dict[str, Any]:
     """No eviction of an agent that is not drained.
 
     By a number that is never reached. ``maxUnavailable: 0`` counts against the replicas of the scale
-    subresource and leaves gaps: with a surge one agent more is ready than the budget wants, so one can be
-    evicted; and one that drains is not ready, and such ones may be evicted while enough others are.
+    subresource, which the disruption controller does not find while the CRD is new, and would leave gaps:
+    with a surge one agent more is ready than the budget wants, so one can be evicted; and one that drains
+    is not ready, and such ones may be evicted while enough others are.
     """
     spec = {
         "minAvailable": 1_000_000,
