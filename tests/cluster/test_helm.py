@@ -254,7 +254,10 @@ def test_install_upgrade_and_uninstall_leave_nothing_behind_but_the_crds(
     assert until_left(cluster, before, crds) == crds
     cluster.kubectl("delete", "crd", *CRDS, f"--timeout={LIMIT:.0f}s")
     assert until_left(cluster, before) == set()
-    assert objects(cluster) == before
+    gone = before - objects(cluster)  # namespaces of earlier tests may go meanwhile
+    assert not [
+        each for each in gone if each[1] in ("<none>", namespace, "default") and each[0] != "Namespace"
+    ]
 
 
 def test_helm_upgrade_leaves_crds_as_they_are_and_the_documented_command_renews_them(
