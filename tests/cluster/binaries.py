@@ -13,9 +13,9 @@ One rule of the API server is relaxed in the build: endpoints may be loopback ad
 use for those, but here all pods are processes of one machine, and 127.0.0.0/8 is the one range in which every
 pod can have an address of its own without a privilege (see network.py).
 
-Run as a script this prepares the programs and shows how far it is:
+As a program this prepares them and shows how far it is:
 
-    python tests/cluster/binaries.py
+    python -m tests.cluster.binaries
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from .process import tied
 
 MODULE = Path(__file__).parent
 PROGRAMS = ("etcd", "helm", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
@@ -248,7 +250,7 @@ def _environment() -> Mapping[str, str]:
 def _run(command: list[str], what: str, *, limit: float, each_line: Say | None = None) -> str:
     """Standard output of a program; standard error goes to ``each_line``. It and its children end in time."""
     process = subprocess.Popen(
-        command,
+        tied(command),
         cwd=MODULE,
         env=_environment(),
         text=True,

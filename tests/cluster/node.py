@@ -66,7 +66,8 @@ class NodeStandIn:
         self._pods: dict[str, Pod] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ended: list[Pod] = []  # for their logs
-        self._errors: list[BaseException] = []
+        self._lived: set[str] = set()  # uids of all pods there have been
+        self.errors: list[BaseException] = []  # of the stand-in itself
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -94,8 +95,8 @@ class NodeStandIn:
         sweep(self._mark)
         for name in list(self._nodes):
             await self._delete_node(name)
-        if self._errors:
-            raise BaseExceptionGroup("errors of the node stand-in", self._errors)
+        if self.errors:
+            raise BaseExceptionGroup("errors of the node stand-in", self.errors)
 
     # -- nodes ----------------------------------------------------------------------------------------------
 
@@ -177,11 +178,22 @@ class NodeStandIn:
     async def fail(self, name: str) -> None:
         """The node stops to answer: its processes die, nothing is written about them, its object stays.
 
-        Its condition becomes Unknown at once, as the node controller would set it after its grace period.
+        What the node controller would do after its grace period is done at once: the node becomes Unknown and
+        its pods not ready.
         """
+        pods = [pod for pod in self._pods.values() if pod.host.node == name]
         await self._crash(name)
         condition = _ready_condition("Unknown", "NodeStatusUnknown", "Kubelet stopped posting node status.")
         await self._write_node(name, {"conditions": [condition]})
+        unready = {"conditions": [{"type": "Ready", "status": "False", "lastTransitionTime": timestamp()}]}
+        for pod in pods:
+            try:
+                await self._api.patch(
+                    "Pod", pod.name, pod.namespace, {"status": unready}, how="strategic", subresource="status"
+                )
+            except ApiError as error:
+                if error.code != 404:
+                    raise
 
     async def _crash(self, name: str) -> None:
         node = self._nodes.pop(name)
@@ -249,7 +261,7 @@ class NodeStandIn:
                 continue
             uid = manifest["metadata"]["uid"]
             pod = self._pods.get(uid)
-            if pod is None and event != "DELETED":
+            if pod is None and event != "DELETED" and uid not in self._lived:  # a late event is no new life
                 if node := self._nodes.get(manifest["spec"]["nodeName"]):
                     self._begin(manifest, node)
             elif pod and event == "DELETED":
@@ -260,6 +272,7 @@ class NodeStandIn:
     def _begin(self, manifest: Raw, node: _Node) -> None:
         pod = Pod(manifest, node.host)
         self._pods[pod.uid] = pod
+        self._lived.add(pod.uid)
         task = asyncio.create_task(pod.live())
         self._tasks[pod.uid] = task
 
@@ -272,7 +285,7 @@ class NodeStandIn:
 
     def _keep_error(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
-            self._errors.append(error)
+            self.errors.append(error)
 
 
 def _ready_condition(status: str, reason: str, message: str) -> dict[str, Any]:

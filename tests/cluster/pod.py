@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -325,14 +324,13 @@ class Pod:
         """Until all main processes have ended, or have had their time, or the object is gone."""
         began = time.monotonic()
         running = [one for one in self.containers if "running" in one.state]
-        ends: asyncio.Future[Any] = asyncio.gather(*(one.end(None) for one in running))
+        ends = asyncio.create_task(_end_all(running))
         try:
             while not ends.done() and not self._gone:
                 left = began + self._grace(None) - time.monotonic()
                 if left <= 0:
                     return
-                # A second deletion may shorten the time.
-                seen: asyncio.Future[Any] = asyncio.create_task(self._next_change())
+                seen = asyncio.create_task(self._next_change())  # a second deletion may shorten the time
                 await asyncio.wait({ends, seen}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 seen.cancel()
         finally:
@@ -445,6 +443,13 @@ class Pod:
 
     async def _find(self, kind: str, name: str) -> Raw | None:
         return await self.host.api.find(kind, name, self.namespace)
+
+
+async def _end_all(containers: list[Container]) -> None:
+    """SIGTERM to all; until all have ended."""
+    async with asyncio.TaskGroup() as group:
+        for container in containers:
+            group.create_task(container.end(None))
 
 
 async def _never(_command: Sequence[str], _limit: float) -> bool:

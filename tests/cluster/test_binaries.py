@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ case "$1 $2" in
 "list -m") echo "$here/module" ;;
 build*)
     echo "compiler: out of cheese" >&2
+    until test -f "$here/may_build"; do sleep 0.1; done
     for flag in "$@"; do case "$last" in -o) out="$flag" ;; esac; last="$flag"; done
     for name in server helm kube-apiserver kube-controller-manager kube-scheduler kubectl; do
         echo "#!/bin/sh" > "$out/$name"; chmod +x "$out/$name"
@@ -42,6 +44,7 @@ class Toolchain:
         (folder / "go").chmod(0o755)
         self.set("version", "1.99.0")
         self.set("build", "0")
+        self.set("may_build", "")
 
     def set(self, name: str, value: str) -> None:
         (self.folder / name).write_text(value)
@@ -125,10 +128,21 @@ def test_what_a_killed_build_left_is_removed_by_the_next(go: Toolchain) -> None:
     assert go.builds() == 1 and left() == [binaries.digest("1.99.0"), "lock"]
 
 
-def test_of_two_processes_one_builds_and_both_have_the_programs(go: Toolchain) -> None:
-    command = [sys.executable, str(binaries.MODULE / "binaries.py")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+def test_of_two_processes_one_builds_and_both_have_the_programs(go: Toolchain, tmp_path: Path) -> None:
+    (go.folder / "may_build").unlink()
+    command = [sys.executable, "-m", "tests.cluster.binaries"]
+    root = binaries.MODULE.parents[1]
+    said = tmp_path / "said"
+    with said.open("ab") as log:
+        both = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=log) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 120
+        while not (go.builds() and "waiting for it" in said.read_text()) and go.builds() < 2:
+            assert time.monotonic() < deadline, said.read_text()
+            time.sleep(0.05)
+    finally:
+        go.set("may_build", "")
+        outputs = [process.communicate(timeout=120)[0] for process in both]
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == len(binaries.PROGRAMS)
     assert go.builds() == 1
 
