@@ -1,5 +1,6 @@
 """The client: every call bounded, retried where that is safe, its refusals told apart, nothing written
-unasked."""
+unasked.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-
 from blockyard.operator.workqueue import FIRST_RETRY, LONGEST_RETRY, Key, WorkQueue
 
 
