@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 

@@ -14,6 +14,7 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
+
 from blockyard.engine.engine import Engine
 from blockyard.engine.step import StepInput
 

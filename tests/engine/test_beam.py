@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.outputs import SequenceOutput
 from blockyard.engine.sampling_params import SamplingParams
-from transformers import PreTrainedModel
 
 from .models import load_reference, make_model
 

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 
-from blockyard.engine.block_key import child_key, root_key
 from hypothesis import given
 from hypothesis import strategies as st
+
+from blockyard.engine.block_key import child_key, root_key
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=64)
 

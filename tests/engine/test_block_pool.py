@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from blockyard.engine.block_pool import BlockPool
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from blockyard.engine.block_pool import BlockPool
 
 BLOCKS = 12
 

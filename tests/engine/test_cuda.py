@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
 from blockyard.engine.runner import Graphs, Runner
 from blockyard.engine.sampling_params import SamplingParams
 from blockyard.engine.step import StepInput
-from torch import Tensor
 
 pytest.importorskip("transformers", reason="transformers is what outputs are compared with")
 from .models import FAMILIES, load_reference, make_model

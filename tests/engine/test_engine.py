@@ -7,14 +7,15 @@ import random
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import RequestError
 from blockyard.engine.outputs import SequenceOutput
 from blockyard.engine.sampling_params import SamplingParams
 from blockyard.engine.sequence import Place, Request, Sequence
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from .oracle import EOS, VOCAB, MakeEngine, OracleRunner, greedy_reference
 

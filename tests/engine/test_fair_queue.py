@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from blockyard.engine import fair_queue
-from blockyard.engine.fair_queue import FairQueue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from blockyard.engine import fair_queue
+from blockyard.engine.fair_queue import FairQueue
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from blockyard.engine.host_memory import available_bytes
 
 MIB = 1 << 20

@@ -14,13 +14,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from blockyard.engine import model_files
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
 from blockyard.engine.model_files import prepare
 from blockyard.engine.sampling_params import SamplingParams
-from safetensors.torch import load_file
 
 from .models import greedy, load_reference, make_model
 

@@ -8,10 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from blockyard.engine.sampler import NUCLEUS_CANDIDATES, Sampler, SamplingState, uniform
-from blockyard.engine.sampling_params import SamplingParams
 from hypothesis import given
 from hypothesis import strategies as st
+
+from blockyard.engine.sampler import NUCLEUS_CANDIDATES, Sampler, SamplingState, uniform
+from blockyard.engine.sampling_params import SamplingParams
 
 DRAWS = 8000
 

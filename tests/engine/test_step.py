@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 
 import numpy as np
-from blockyard.engine.step import StepInput
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from blockyard.engine.step import StepInput
 
 WIDTHS = {"swap_out": 2, "swap_in": 2, "block_copies": 2, "table_updates": 3}
 

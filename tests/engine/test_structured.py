@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import RequestError
@@ -15,7 +17,6 @@ from blockyard.engine.model_files import prepare
 from blockyard.engine.sampling_params import SamplingParams, Structure
 from blockyard.engine.structured import MAX_SCHEMA_BYTES, GrammarCompiler
 from blockyard.engine.tokenizer import Tokenizer
-from pydantic import BaseModel, ConfigDict, Field
 
 
 class Person(BaseModel):

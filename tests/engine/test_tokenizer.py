@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from blockyard.engine.errors import RequestError
-from blockyard.engine.model_files import prepare
-from blockyard.engine.tokenizer import Detokenizer, StopStrings, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
+
+from blockyard.engine.errors import RequestError
+from blockyard.engine.model_files import prepare
+from blockyard.engine.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
 from blockyard.engine.weights import Weights, read_entries, weights_identity
-from safetensors.torch import load_file, save_file
 
 from .models import make_model
 

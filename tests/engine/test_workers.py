@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
