@@ -16,7 +16,8 @@ help:  ## what there is
 demo: $(INSTALLED)  ## serve SmolLM2-135M on this machine, ask it something, show its KV pool
 	@$(PY) examples/demo.py
 
-test: $(INSTALLED)  ## the whole test suite; ARGS="-k name" for a part of it
+test: $(INSTALLED)  ## the whole test suite; ARGS="tests/engine -k name" for a part of it
+	$(PY) -m tests.cluster.binaries || true  # built once; without them the cluster's tests say why they skip
 	$(PY) -m pytest $(ARGS)
 
 lint: $(INSTALLED) .build/blockyard  ## ruff, strict types, who may import whom

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blockyard.kernels import PagedBatch, reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+
+from blockyard.kernels import PagedBatch, reference
 
 RESULTS = Path(__file__).parent / "results"
 MIB, GIB = 2**20, 2**30

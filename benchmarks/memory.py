@@ -79,7 +79,9 @@ class NoModel:
     block_bytes = 1
     host_blocks = 0
 
-    def __init__(self, *, num_blocks: int, max_num_seqs: int, max_batch_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, *, num_blocks: int, max_num_seqs: int, max_batch_tokens: int, max_model_len: int
+    ) -> None:
         self.num_blocks = num_blocks
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
@@ -125,7 +127,9 @@ class Census:
         filled: dict[int, tuple[int, int]] = {}  # block -> (tokens in it, slots that will be filled later)
         limit = engine.info.max_model_len
         for request in engine.scheduler.running:
-            final = len(request.prompt_ids) + request.params.max_tokens - 1  # the last token's KV is never kept
+            final = (
+                len(request.prompt_ids) + request.params.max_tokens - 1
+            )  # the last token's KV is never kept
             for sequence in request.live:
                 done = sequence.num_computed
                 for index, block in enumerate(sequence.blocks):
@@ -133,7 +137,10 @@ class Census:
                     here = min(block_tokens, done - begin)
                     later = min(block_tokens, max(final, done) - begin) - here
                     filled[block] = max(filled.get(block, (0, 0)), (here, later))
-                for slots, size in ((self.power_of_two, 1 << (final - 1).bit_length()), (self.longest, limit)):
+                for slots, size in (
+                    (self.power_of_two, 1 << (final - 1).bit_length()),
+                    (self.longest, limit),
+                ):
                     slots.add(done, final - done, max(size, final) - final)
         useful = sum(here for here, _ in filled.values())
         reserved = sum(later for _, later in filled.values())
@@ -192,9 +199,13 @@ def replay(name: str, count: int, block_tokens: int, pool_tokens: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=2000, help="of each trace (default: %(default)s)")
-    parser.add_argument("--pool-tokens", type=int, default=1 << 19, help="about 64 GiB for Llama-3.1-8B in bf16")
+    parser.add_argument(
+        "--pool-tokens", type=int, default=1 << 19, help="about 64 GiB for Llama-3.1-8B in bf16"
+    )
     arguments = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(f"the traces are not at {DATA}; see docs/performance.md for where they come from")
@@ -211,13 +222,14 @@ def main() -> None:
                 share = found[policy]
                 unit = str(block_tokens) if policy == "paged" else policy.replace("_", " ")
                 print(
-                    f"| {name} | {unit} | {found['running']:.0f} | {found['pool_in_use']:.0%} | {found['hit_rate']:.0%} "
+                    f"| {name} | {unit} | {found['running']:.0f} | {found['pool_in_use']:.0%} "
+                    f"| {found['hit_rate']:.0%} "
                     f"| {share['useful']:.2%} | {share['reserved']:.2%} | {share['internal']:.2%} "
                     f"| {1 - share['useful']:.2%} |",
                     flush=True,
                 )
     worst = max(1 - found["paged"]["useful"] for found in results if found["block_tokens"] == 16)
-    print(f"\nwith the default of 16 tokens a block at most {worst:.2%} are wasted; wanted: {TARGET:.0%} or less")
+    print(f"\nwith 16 tokens a block (the default) {worst:.2%} are wasted; wanted: {TARGET:.0%} at most")
     report.save("memory", {"target": TARGET, "worst_with_default": worst, "traces": results})
 
 

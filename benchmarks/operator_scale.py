@@ -34,6 +34,7 @@ import aiohttp
 import report
 import yaml
 from aiohttp import web
+
 from blockyard.agent.protocol import AgentStatus, TierStatus
 from blockyard.operator.kube import LLM_SERVICE, POD, Kube, NotFound, Raw, load_credentials
 from blockyard.operator.settings import OperatorSettings

@@ -1,4 +1,4 @@
-"""What every benchmark reports besides its numbers: the machine, the versions, the command; and where it goes."""
+"""What every benchmark reports besides its numbers: machine, versions, command; and where it goes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,22 @@ from blockyard.agent.chat_client import events
 
 MODEL = "SmolLM2-135M-Instruct"
 SYSTEM = "You are a helpful assistant. Answer in full sentences, explain your reasons, and stay polite. " * 4
-WORDS = "river window seven cloud garden letter music winter silver engine market story paper mountain".split()
+WORDS = [
+    "river",
+    "window",
+    "seven",
+    "cloud",
+    "garden",
+    "letter",
+    "music",
+    "winter",
+    "silver",
+    "engine",
+    "market",
+    "story",
+    "paper",
+    "mountain",
+]
 REQUEST_TIMEOUT = 600.0
 MIB = 2**20
 
@@ -55,7 +70,7 @@ class Limits:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Sample:
-    """One streamed chat request: a shared system prompt, some words of its own, 16 to 128 tokens of answer."""
+    """One streamed chat request: a shared system prompt, words of its own, 16 to 128 tokens of answer."""
     question = " ".join(rng.choices(WORDS, k=rng.randint(8, 200)))
     body = {
         "model": MODEL,
@@ -143,9 +158,13 @@ def resident_mib(pid: int) -> float:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", help="an agent that is running already")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="requests a second")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0], help="requests a second"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals at each rate")
     parser.add_argument("--ttft", type=float, default=2.0, help="limit of a good request, seconds")
     parser.add_argument("--tpot", type=float, default=0.2, help="limit of a good request, seconds")
@@ -159,7 +178,9 @@ async def main() -> None:
     rows = []
     memory: dict[str, float] = {}
     try:
-        print("| rate | requests | refused | TTFT p50, p99 (s) | TPOT p50, p99 (ms) | tokens/s | goodput | good |")
+        print(
+            "| rate | requests | refused | TTFT p50, p99 (s) | TPOT p50, p99 (ms) | tok/s | goodput | good |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for rate in arguments.rates:
             row = await load(url, rate, arguments.seconds, limits)
@@ -188,7 +209,7 @@ async def main() -> None:
         if agent is not None and agent.returncode is None:
             agent.send_signal(signal.SIGTERM)
             await asyncio.wait_for(agent.wait(), 60)
-    print(f"a good request has its first token within {limits.first:g} s and {1e3 * limits.per_token:g} ms a token")
+    print(f"good: first token within {limits.first:g} s and {1e3 * limits.per_token:g} ms a token")
     report.save(
         "serve-cpu",
         {

@@ -1,9 +1,9 @@
-"""Our engine against sequential ``transformers.generate`` on the same requests: ``python benchmarks/throughput.py``.
+"""Our engine against sequential ``transformers.generate``: ``python benchmarks/throughput.py``.
 
-Both sides decode greedily in float32 with the same threads in the same process and run in turns: before
-each part of the sequential side the engine serves all requests once. Each turn gives a ratio of output
-tokens a second; the report has their median and extremes, how many outputs are equal id by id, and which
-share of the machine's matrix-product limit the engine reached.
+Both sides get the same requests, decode greedily in float32 with the same threads in the same process, and
+run in turns: before each part of the sequential side the engine serves all requests once. Each turn gives a
+ratio of output tokens a second; the report has their median and extremes, how many outputs are equal id by
+id, and which share of the machine's matrix-product limit the engine reached.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def workloads() -> dict[str, list[Job]]:
 
 
 class Ours:
-    """The engine; conversations go on at the same time, each turn as soon as the one before it is answered."""
+    """The engine; conversations go on side by side, each turn when the one before it is answered."""
 
     def __init__(self, path: Path) -> None:
         config = EngineConfig(model=str(path), device="cpu", dtype="float32", kv_bytes=2 << 30)
@@ -129,7 +129,9 @@ def flops(config: ModelConfig, computed: int, sampled: int) -> float:
     return 2.0 * (config.num_layers * layer * computed + config.vocab_size * hidden * sampled)
 
 
-def turns(name: str, jobs: list[Job], ours: Ours, model: PreTrainedModel, rounds: int) -> Iterator[dict[str, Any]]:
+def turns(
+    name: str, jobs: list[Job], ours: Ours, model: PreTrainedModel, rounds: int
+) -> Iterator[dict[str, Any]]:
     """Each round: the engine serves everything, then ``generate`` its share of the jobs."""
     for number in range(rounds):
         before = ours.computed()
@@ -143,7 +145,9 @@ def turns(name: str, jobs: list[Job], ours: Ours, model: PreTrainedModel, rounds
         their_seconds = time.perf_counter() - begin
         our_rate = sum(map(len, outputs)) / our_seconds
         their_rate = sum(jobs[i].output_tokens for i in part) / their_seconds
-        print(f"{name}, round {number + 1}: {our_rate:.0f} against {their_rate:.1f} output tokens/s", flush=True)
+        print(
+            f"{name}, round {number + 1}: {our_rate:.0f} against {their_rate:.1f} output tokens/s", flush=True
+        )
         yield {
             "ours_tokens_per_s": our_rate,
             "ours_seconds": our_seconds,
@@ -156,7 +160,9 @@ def turns(name: str, jobs: list[Job], ours: Ours, model: PreTrainedModel, rounds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4, help="turns of each workload (default: %(default)s)")
     parser.add_argument("--only", choices=list(TARGETS), nargs="+", default=list(TARGETS))
     arguments = parser.parse_args()
@@ -191,7 +197,7 @@ def main() -> None:
             }
         )
     print(f"\n{MODEL} float32; the machine's matrix products reach {limit:.0f} GFLOP/s\n")
-    print("| workload | engine tokens/s | generate tokens/s | ratio (min to max) | target | of matmul limit | equal ids |")
+    print("| workload | engine tok/s | generate tok/s | ratio (min to max) | target | of limit | equal ids |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         ratio = row["ratio"]
@@ -199,7 +205,8 @@ def main() -> None:
             f"| {row['workload']} | {row['ours_tokens_per_s']['median']:.0f} "
             f"| {row['sequential_tokens_per_s']['median']:.1f} "
             f"| {ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f}) | {row['target_ratio']:.0f} "
-            f"| {row['share_of_matmul_limit']['median']:.0%} | {row['equal_outputs']}/{row['compared_outputs']} |"
+            f"| {row['share_of_matmul_limit']['median']:.0%} "
+            f"| {row['equal_outputs']}/{row['compared_outputs']} |"
         )
     report.save("throughput-cpu", {"model": MODEL, "matmul_gflops": limit, "workloads": rows})
 

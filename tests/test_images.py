@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from blockyard.cli import main
 from packaging.requirements import Requirement
+
+from blockyard.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted(ROOT.glob("docker/*.Dockerfile"))

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from blockyard import __version__
 
 ROOT = Path(__file__).resolve().parent.parent

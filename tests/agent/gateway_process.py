@@ -16,9 +16,10 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
+
 from blockyard.agent.prefix_sketch import Prefix, PrefixLog
 from blockyard.agent.protocol import AgentStatus, TierStatus
-from multidict import CIMultiDict
 
 START_TIMEOUT = 60.0
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import schemathesis
-from blockyard.agent.openapi import document
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import (
@@ -19,6 +18,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
+
+from blockyard.agent.openapi import document
 
 from .process import MODEL, AgentProcess
 

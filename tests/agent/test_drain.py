@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from blockyard.agent.prefix_sketch import (
     BOUNDARIES,
     PrefixMirror,

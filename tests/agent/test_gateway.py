@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+
 from blockyard.agent.prefix_sketch import BOUNDARIES, prompt_parts, sketch
 from blockyard.agent.routing import OVER_MEAN, SLACK
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+
 from blockyard.agent import endpoints
 from blockyard.agent.endpoints import Endpoint, Endpoints, FileEndpoints, ServiceAccount, SliceEndpoints
 from blockyard.agent.gateway_settings import GatewaySettings

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from blockyard.agent.gateway_request import Ask
 from blockyard.agent.openai_api import BadRequest
 from blockyard.agent.replay import DONE, AgentFailed, BrokenStream, Diverged, Ledger
-from hypothesis import given
-from hypothesis import strategies as st
 
 TOKENS = ["The", " cat", " sat", "\n", "é", "", "🙂", " on", " the", " mat", '"', " "]
 

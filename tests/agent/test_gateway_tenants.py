@@ -6,11 +6,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from blockyard.agent import tenants
 from blockyard.agent.tenants import LOOK_INTERVAL, Keys, LimitReached, Limits
 from blockyard.engine.errors import ConfigError
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 class Clock:

@@ -7,6 +7,7 @@ import math
 
 import openai
 import pytest
+
 from blockyard.engine.model_files import prepare
 
 from .process import MODEL, AgentProcess

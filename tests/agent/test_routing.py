@@ -6,6 +6,9 @@ import asyncio
 import itertools
 from dataclasses import replace
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from blockyard.agent.prefix_sketch import (
     BOUNDARIES,
     FIRST_STEP,
@@ -18,8 +21,6 @@ from blockyard.agent.prefix_sketch import (
     sketch,
 )
 from blockyard.agent.routing import OVER_MEAN, SLACK, AgentView, Choice, choose
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 # ── The choice ────────────────────────────────────────────────────────────────────────────────────
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from blockyard import cli
 from blockyard.agent.settings import AgentSettings
 from blockyard.engine.config import EngineConfig

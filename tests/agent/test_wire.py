@@ -10,10 +10,11 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from blockyard.agent.messages import Abort, Command, Event, Failed, Outputs
-from blockyard.agent.wire import LENGTH, MAX_BYTES, WireError, commands, events, frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from blockyard.agent.messages import Abort, Command, Event, Failed, Outputs
+from blockyard.agent.wire import LENGTH, MAX_BYTES, WireError, commands, events, frame
 
 NUMBERS = st.floats(allow_nan=False)
 COUNTS = st.integers(min_value=-(2**63), max_value=2**63 - 1)

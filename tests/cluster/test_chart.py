@@ -13,6 +13,9 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from kubernetes.aio.client.configuration import Configuration
+from prometheus_client import CollectorRegistry
+
 from blockyard.agent.gateway_metrics import GatewayMetrics
 from blockyard.agent.metrics import Metrics as AgentMetrics
 from blockyard.agent.protocol import AgentStatus
@@ -22,8 +25,6 @@ from blockyard.operator.main import Operator
 from blockyard.operator.metrics import Metrics as OperatorMetrics
 from blockyard.operator.observed import Service
 from blockyard.operator.settings import OperatorSettings
-from kubernetes.aio.client.configuration import Configuration
-from prometheus_client import CollectorRegistry
 
 from .rights import of_role
 

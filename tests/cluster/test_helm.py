@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from blockyard.operator import kube
 from blockyard.operator.events import Recorder
 from blockyard.operator.kube import Kube

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from blockyard.kernels.batch import PagedBatch
 from torch import Tensor
+
+from blockyard.kernels.batch import PagedBatch
 
 
 def random_batch(

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import triton
-from blockyard.kernels import triton_attention, triton_device, triton_ops
-from blockyard.kernels.batch import PagedBatch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from blockyard.kernels import triton_attention, triton_device, triton_ops
+from blockyard.kernels.batch import PagedBatch
 
 DEVICES = {  # A100, H100, B200
     80: triton_device.Device(multiprocessors=108, shared_memory=163 * 1024),

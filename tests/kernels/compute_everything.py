@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+
 from blockyard import kernels
 from blockyard.kernels import PagedBatch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from blockyard.kernels import cpu_build
 
 from .compute_everything import everything

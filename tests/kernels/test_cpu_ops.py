@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from blockyard.kernels import cpu_build, cpu_ops, reference
 from blockyard.kernels.batch import PagedBatch
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from blockyard.kernels import reference, triton_attention, triton_ops
 from blockyard.kernels.batch import PagedBatch
 from blockyard.kernels.triton_attention import Plan, launch_attention
 from blockyard.kernels.triton_device import Device
-from torch import Tensor
 
 from .batches import SHAPES, poisoned, random_batch, random_kv
 

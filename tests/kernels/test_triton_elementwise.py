@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from blockyard.kernels import reference, triton_copy, triton_ops
 from torch import Tensor
+
+from blockyard.kernels import reference, triton_copy, triton_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # the interpreter's numpy
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

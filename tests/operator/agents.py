@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from aiohttp import web
+
 from blockyard.agent.protocol import AgentStatus, TierStatus
 
 

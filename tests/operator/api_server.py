@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from aiohttp import web
-from blockyard.operator.kube import COMPANIONS, EVENT, KV_MOVE, LEASE, LLM_SERVICE, NODE, POD, SECRET, Kind
 from kubernetes.aio.client.configuration import Configuration
+
+from blockyard.operator.kube import COMPANIONS, EVENT, KV_MOVE, LEASE, LLM_SERVICE, NODE, POD, SECRET, Kind
 
 Raw = dict[str, Any]
 # kopf asks whether the cluster has these before it watches anything.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from blockyard.agent.gateway_settings import GatewaySettings
 from blockyard.agent.settings import AgentSettings
 from blockyard.operator import children

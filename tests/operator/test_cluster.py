@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from blockyard.operator.cluster import Cluster, Mirror, key_of
 from blockyard.operator.observed import SERVICE
 from blockyard.operator.workqueue import Key
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 Raw = dict[str, Any]
 

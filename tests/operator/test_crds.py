@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
+
 from blockyard.operator import crds
 from blockyard.operator.api import (
     KVMoveSpec,
@@ -20,7 +22,6 @@ from blockyard.operator.api import (
     quantity,
 )
 from blockyard.operator.observed import Service
-from pydantic import ValidationError
 
 from .manifests import MOVES, SERVICES, Raw, llm_service
 

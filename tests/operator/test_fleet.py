@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+
 from blockyard.operator import fleet as fleet_module
 from blockyard.operator.fleet import Fleet
 from blockyard.operator.observed import Pod, Report

@@ -14,6 +14,7 @@ from typing import Any
 import certifi
 import pytest
 import yaml
+
 from blockyard.operator import kube as kube_module
 from blockyard.operator.kube import (
     EVENT,

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+
 from blockyard.operator.kube import LEASE, Conflict, Kind, Kube, Raw, Unreachable
 from blockyard.operator.lease import DEADLINE, DURATION, RENEW, Lease
 

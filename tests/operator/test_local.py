@@ -18,10 +18,11 @@ from typing import Any
 import openai
 import pytest
 import yaml
+from rich.console import Console
+
 from blockyard.operator.local import running_services
 from blockyard.operator.local_manifest import Machine, ManifestError, check_runs_here, read
 from blockyard.operator.view import overview
-from rich.console import Console
 
 TIMEOUT = 240.0
 MANIFEST = {

@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+
 from blockyard.operator import main as main_module
 from blockyard.operator.kube import DEPLOYMENT, LEASE, LLM_SERVICE, NODE, POD, Kube
 from blockyard.operator.main import JsonLines, Operator, kopf_settings

@@ -6,9 +6,10 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from blockyard.operator.merge import TemplateError, merge
 from hypothesis import given
 from hypothesis import strategies as st
+
+from blockyard.operator.merge import TemplateError, merge
 
 BASE = {
     "restartPolicy": "Always",

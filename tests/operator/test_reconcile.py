@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+
 from blockyard.operator import kube as kube_module
 from blockyard.operator import reconcile as reconcile_module
 from blockyard.operator import workqueue as workqueue_module

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from blockyard.operator import reasons, replicas
 from blockyard.operator.api import LLMServiceSpec
 from blockyard.operator.observed import Node, Observed, Pod, Report, Service, stamp

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blockyard.operator import replicas, status
-from blockyard.operator.api import LLMServiceStatus
-from blockyard.operator.replicas import Action, Create, Drain
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from blockyard.operator import replicas, status
+from blockyard.operator.api import LLMServiceStatus
+from blockyard.operator.replicas import Action, Create, Drain
 
 from .simulated import SimPod, Simulated
 

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+
 from blockyard.operator.workqueue import FIRST_RETRY, LONGEST_RETRY, Key, WorkQueue
 
 
