@@ -19,13 +19,21 @@ EOS = 2
 MAX_TOKENS = 12
 
 
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 160, (n,), generator=generator).tolist() for n in (1, 8, 30)]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Flat enough that beams end, split and meet; the end of text is made likely."""
-    path = make_model("llama", tmp_path_factory.mktemp("beam"), initializer_range=0.12)
+    """Some beams end at once, some after a while, some never; some ends come too late in the ranking."""
+    path = make_model("llama", tmp_path_factory.mktemp("beam"), num_hidden_layers=2, initializer_range=0.12)
     reference = load_reference(path)
     with torch.no_grad():
-        reference.lm_head.weight[EOS] *= 2.5
+        # Turn the end of text towards what the last layer says on average.
+        hidden = reference.model(torch.tensor([prompts()[-1]])).last_hidden_state[0].mean(0)
+        weight = reference.lm_head.weight
+        weight[EOS] = hidden * 0.8 * weight.norm(dim=1).mean() / hidden.norm()
     reference.save_pretrained(path)
     return path
 
@@ -65,11 +73,6 @@ def transformers_beams(
         end = row.index(EOS) if EOS in row else len(row)
         beams.append((row[:end], score))
     return beams
-
-
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 160, (n,), generator=generator).tolist() for n in (1, 8, 30)]
 
 
 def run(engine: Engine, params: SamplingParams) -> dict[str, list[SequenceOutput]]:
@@ -123,3 +126,14 @@ def test_n_is_how_many_of_the_beams_are_sent(engine: Engine) -> None:
     few = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, n=2, best_of=4, beam_search=True)
     best = {key: [o.token_ids for o in outputs[:2]] for key, outputs in run(engine, wide).items()}
     assert {key: [o.token_ids for o in outputs] for key, outputs in run(engine, few).items()} == best
+
+
+def test_stopping_early_makes_a_difference_here(engine: Engine) -> None:
+    """Else the comparison above would say nothing about it."""
+    found = []
+    for early in (False, True):
+        params = SamplingParams(
+            temperature=0, max_tokens=MAX_TOKENS, n=2, best_of=2, beam_search=True, early_stopping=early
+        )
+        found.append({key: [o.token_ids for o in outputs] for key, outputs in run(engine, params).items()})
+    assert found[0] != found[1]

@@ -110,6 +110,7 @@ def test_same_ids_under_every_combination(
         EngineConfig(
             model=str(path / "llama"),
             device="cpu",
+            threads=1,  # several would wait for each other, with a model so small
             block_tokens=block_tokens,
             kv_blocks=kv_blocks,
             host_blocks=kv_blocks,

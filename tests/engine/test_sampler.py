@@ -204,7 +204,7 @@ def test_a_broken_row_does_not_hurt_its_batch_mates(poison: float, whole_row: bo
     rows = torch.stack([logits_of(vocab, seed=i) for i in range(4)])
     params = [
         SamplingParams(temperature=0),
-        SamplingParams(temperature=0.8),
+        SamplingParams(temperature=0.8, logprobs=3),
         SamplingParams(temperature=0),
         SamplingParams(top_p=0.5, logprobs=2),
     ]
@@ -219,6 +219,8 @@ def test_a_broken_row_does_not_hurt_its_batch_mates(poison: float, whole_row: bo
         result = sampler.sample(broken, states)
         assert [r for i, r in enumerate(result) if i != 1] == [r for i, r in enumerate(healthy) if i != 1]
         assert 0 <= result[1].token_id < vocab
+        # What is reported goes into JSON, which knows no NaN.
+        assert all(math.isfinite(v) for v in (result[1].logprob, *(v for _, v in result[1].top or [])))
         assert torch.equal(torch.nan_to_num(broken), torch.nan_to_num(before)), "logits were changed"
 
 
