@@ -130,7 +130,7 @@ def flops(config: ModelConfig, computed: int, sampled: int) -> float:
 
 
 def turns(
-    name: str, jobs: list[Job], ours: Ours, model: PreTrainedModel, rounds: int
+    name: str, jobs: list[Job], ours: Ours, model: PreTrainedModel, rounds: int, every: int
 ) -> Iterator[dict[str, Any]]:
     """Each round: the engine serves everything, then ``generate`` its share of the jobs."""
     for number in range(rounds):
@@ -139,7 +139,7 @@ def turns(
         outputs = ours.serve(jobs)
         our_seconds = time.perf_counter() - begin
         computed = ours.computed() - before
-        part = range(number, len(jobs), rounds)
+        part = range(number * every, len(jobs), rounds * every)
         begin = time.perf_counter()
         expected = {i: sequential(model, jobs[i]) for i in part}
         their_seconds = time.perf_counter() - begin
@@ -164,6 +164,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=4, help="turns of each workload (default: %(default)s)")
+    parser.add_argument(
+        "--every", type=int, default=1, help="the sequential side gets each so-manieth request (default: all)"
+    )
     parser.add_argument("--only", choices=list(TARGETS), nargs="+", default=list(TARGETS))
     arguments = parser.parse_args()
     path = prepare(MODEL)
@@ -179,7 +182,7 @@ def main() -> None:
     for name, jobs in workloads().items():
         if name not in arguments.only:
             continue
-        runs = list(turns(name, jobs, ours, model, arguments.rounds))
+        runs = list(turns(name, jobs, ours, model, arguments.rounds, arguments.every))
         sampled = sum(job.output_tokens for job in jobs)
         gflops = [flops(config, r["ours_computed_tokens"], sampled) / r["ours_seconds"] / 1e9 for r in runs]
         rows.append(
@@ -208,7 +211,8 @@ def main() -> None:
             f"| {row['share_of_matmul_limit']['median']:.0%} "
             f"| {row['equal_outputs']}/{row['compared_outputs']} |"
         )
-    report.save("throughput-cpu", {"model": MODEL, "matmul_gflops": limit, "workloads": rows})
+    part = "" if arguments.only == list(TARGETS) else "-" + "-".join(arguments.only).replace(" ", "-")
+    report.save(f"throughput-cpu{part}", {"model": MODEL, "matmul_gflops": limit, "workloads": rows})
 
 
 if __name__ == "__main__":
