@@ -74,6 +74,19 @@ def request_id(request: web.Request) -> str:
     return uuid.uuid4().hex
 
 
+async def read_body(request: web.Request, seconds: float) -> bytes:
+    """The whole body. BadRequest if it does not come within ``seconds``, the setting client_timeout."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError:
+        raise BadRequest(
+            f"the body did not arrive within {seconds:g} seconds (client_timeout); send it faster",
+            code="body_timeout",
+            status=408,
+        ) from None
+
+
 @web.middleware
 async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
     request["id"] = request_id(request)

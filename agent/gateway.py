@@ -24,7 +24,7 @@ from aiohttp import web
 from ..engine.errors import ConfigError
 from .bearer import bearer, has_token
 from .dispatch import Dispatch, Failure, Pick
-from .envelope import CLIENT_GONE, Handler, Unavailable, described, envelope
+from .envelope import CLIENT_GONE, Handler, Unavailable, described, envelope, read_body
 from .fleet_view import FleetView
 from .gateway_metrics import GatewayMetrics
 from .gateway_request import Ask
@@ -201,18 +201,6 @@ class Gateway:
         for task in self.open:
             task.cancel()
 
-    async def _body(self, request: web.Request) -> bytes:
-        limit = self.settings.client_timeout
-        try:
-            async with asyncio.timeout(limit):
-                return await request.read()
-        except TimeoutError:
-            raise BadRequest(
-                f"the body did not arrive within {limit:g} seconds (client_timeout); send it faster",
-                code="body_timeout",
-                status=408,
-            ) from None
-
     def headers_for(self, request: web.Request, tenant: str) -> dict[str, str]:
         headers = {"x-request-id": request["id"], "x-tenant": tenant, "Content-Type": "application/json"}
         if self.settings.token:
@@ -244,13 +232,15 @@ class Gateway:
         if request.method == "GET":
             return await self._whole(request, None, Prefix(), tenant)
         async with self._serving(tenant):
-            return await self._whole(request, await self._body(request), Prefix(), tenant)
+            return await self._whole(
+                request, await read_body(request, self.settings.client_timeout), Prefix(), tenant
+            )
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """A completion, streaming or not."""
         tenant = self._tenant(request)
         async with self._serving(tenant):
-            ask = Ask.of(await self._body(request), tenant)
+            ask = Ask.of(await read_body(request, self.settings.client_timeout), tenant)
             if ask.stream:
                 return await _Stream(self, request, ask, tenant).serve()
             return await self._whole(request, ask.body, ask.prefix, tenant)

@@ -29,7 +29,7 @@ from .bearer import has_token
 from .completion import ChatShape, Completion, CompletionShape, Piece, Shape
 from .drain import Drain, DrainRequest
 from .engine_client import EngineClient, EngineDied, Generation
-from .envelope import Handler, Unavailable, described, envelope
+from .envelope import Handler, Unavailable, described, envelope, read_body
 from .messages import Ready
 from .metrics import Metrics, RequestTimer
 from .openai_api import (
@@ -159,7 +159,9 @@ class Agent:
 
     async def drain_by(self, request: web.Request) -> web.Response:
         """Begin to drain, or bring a drain's deadline nearer; answers the status."""
-        self._drain.begin(parse(DrainRequest, await self._body(request)).timeout_s)
+        self._drain.begin(
+            parse(DrainRequest, await read_body(request, self.settings.client_timeout)).timeout_s
+        )
         return _json(self.board.report())
 
     async def healthz(self, _request: web.Request) -> web.Response:
@@ -194,7 +196,7 @@ class Agent:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         timer = RequestTimer(self.metrics)
         tokenizer, ready = self._admit()
-        ask = parse(CompletionRequest, await self._body(request))
+        ask = parse(CompletionRequest, await read_body(request, self.settings.client_timeout))
         self._check_model(ask.model)
         if ask.echo and ask.logprobs is not None:
             raise BadRequest("echo and logprobs cannot be combined; leave one of them out", param="echo")
@@ -216,7 +218,7 @@ class Agent:
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         timer = RequestTimer(self.metrics)
         tokenizer, ready = self._admit()
-        ask = parse(ChatRequest, await self._body(request))
+        ask = parse(ChatRequest, await read_body(request, self.settings.client_timeout))
         self._check_model(ask.model)
         if ask.top_logprobs is not None and not ask.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -234,7 +236,7 @@ class Agent:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         _, ready = self._admit()
-        ask = parse(TokenizeRequest, await self._body(request))
+        ask = parse(TokenizeRequest, await read_body(request, self.settings.client_timeout))
         if ask.model is not None:
             self._check_model(ask.model)
         if (ask.prompt is None) == (ask.messages is None):
@@ -255,18 +257,6 @@ class Agent:
                 retry_after=5,
             )
         return self._tokenizer, self.engine.ready
-
-    async def _body(self, request: web.Request) -> bytes:
-        limit = self.settings.client_timeout
-        try:
-            async with asyncio.timeout(limit):
-                return await request.read()
-        except TimeoutError:
-            raise BadRequest(
-                f"the body did not arrive within {limit:g} seconds (client_timeout); send it faster",
-                code="body_timeout",
-                status=408,
-            ) from None
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.public_name:

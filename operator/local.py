@@ -59,7 +59,7 @@ class LocalAgent:
         """The pod that it would be in a cluster."""
         address = urlsplit(self.process.url)
         report = fleet.report(self.uid)
-        answers = report is not None and report.status is not None and not report.error
+        said = None if report is None or report.error else report.status
         crashed = self.process.restarts > 0 and not self.process.running
         return Pod(
             name=self.name,
@@ -68,11 +68,7 @@ class LocalAgent:
             ip=address.hostname or "",
             port=address.port or 0,
             phase="Running",
-            ready=answers
-            and self.process.running
-            and report is not None
-            and report.status is not None
-            and report.status.state == "ready",
+            ready=self.process.running and said is not None and said.state == "ready",
             running=self.process.running,
             revision=self.revision,
             created=self.created,

@@ -126,10 +126,6 @@ def prepare(cluster: Cluster, nodes: NodeStandIn) -> None:
     nodes.folders[CACHE] = Path(os.environ.get("BLOCKYARD_CACHE", Path.home() / ".cache/blockyard"))
 
 
-def _established(crd: Raw | None) -> bool:
-    return condition(crd, "Established") == "True"
-
-
 def manifest(name: str, namespace: str, **spec: Any) -> Raw:
     """A small service on CPUs, without a gateway unless one is asked for."""
     return {
