@@ -20,6 +20,7 @@ log = logging.getLogger("blockyard.gateway")
 MAX_TENANT = 128  # characters; agents take no longer ones
 LOOK_INTERVAL = 1.0  # seconds between two looks at the keys
 MANY_TENANTS = 1024  # so many are remembered before those that ask for nothing are forgotten
+ROUNDING = 1e-6  # of a request, by which sums of fractions may be off: who waits as long as told is let in
 
 
 class Keys:
@@ -123,7 +124,7 @@ class Limits:
                 retry_after=1,
             )
         if self._per_minute is not None:
-            if account.tokens < 1:
+            if account.tokens < 1 - ROUNDING:
                 wait = math.ceil((1 - account.tokens) * 60 / self._per_minute)
                 raise LimitReached(
                     f"this tenant may make {self._per_minute} requests per minute (requests_per_minute). "
