@@ -96,9 +96,11 @@ def test_a_refused_question_says_why(agent: AgentProcess) -> None:
     assert "404: the model 'gpt-4' does not exist here" in done.stderr
 
 
-# Only a process itself can make its terminal the one whose Ctrl-C it gets.
+# Only a process itself can make its terminal the one whose Ctrl-C it gets; tests that run in the background
+# have inherited that it is ignored.
 AT_A_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from blockyard.cli import main
 sys.exit(main())
