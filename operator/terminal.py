@@ -8,13 +8,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from .local import LocalRuntime, running_services
 from .local_manifest import Machine, ManifestError, check_runs_here, read, usable_gpus
@@ -22,6 +23,7 @@ from .view import overview
 
 REFRESH = 1.0  # seconds
 Raw = dict[str, Any]
+Found = tuple[list[Raw], list[Raw]]  # LLMServices, KVMoves
 
 
 def runs_folder() -> Path:
@@ -98,8 +100,9 @@ def _screen(title: str) -> Iterator[Callable[[Raw], None]]:
     yield tell
 
 
-async def _cluster(namespace: str | None) -> tuple[list[Raw], list[Raw]]:
-    """LLMServices and KVMoves of a cluster. KubeError if it cannot be asked."""
+@contextlib.asynccontextmanager
+async def _cluster(namespace: str | None) -> AsyncIterator[Callable[[], Awaitable[Found]]]:
+    """What asks a cluster for its LLMServices and KVMoves; asking raises KubeError where that fails."""
     from .kube import KV_MOVE, LLM_SERVICE, Kube, load_credentials
     from .settings import OperatorSettings
 
@@ -108,13 +111,17 @@ async def _cluster(namespace: str | None) -> tuple[list[Raw], list[Raw]]:
         agent_image="-", kubeconfig=Path(os.environ["KUBECONFIG"]) if "KUBECONFIG" in os.environ else None
     )
     kube = Kube(await load_credentials(settings))
-    try:
+
+    async def ask() -> Found:
         services: list[Raw] = []
         moves: list[Raw] = []
         for kind, found in ((LLM_SERVICE, services), (KV_MOVE, moves)):
             async for page in kube.pages(kind, namespace):
                 found.extend(page.items)
         return services, moves
+
+    try:
+        yield ask
     finally:
         await kube.close()
 
@@ -130,20 +137,27 @@ async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
 
     ``here``: only those of this machine. A cluster that is configured and cannot be asked is an error.
     """
+    from .kube import KubeError
+
     here = here or not _has_cluster()
     console = Console(highlight=False)
+    async with contextlib.AsyncExitStack() as stack:
+        ask_cluster = None if here else await stack.enter_async_context(_cluster(namespace))
 
-    async def ask() -> tuple[list[Raw], list[Raw]]:
-        services = running_services(runs_folder())
-        if here:
-            return services, []
-        found, moves = await _cluster(namespace)
-        return services + found, moves
+        async def ask() -> Found:
+            services, moves = await ask_cluster() if ask_cluster else ([], [])
+            return running_services(runs_folder()) + services, moves
 
-    if not follow:
-        console.print(overview(*await ask()))
-        return 0
-    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        found = await ask()
+        if not follow:
+            console.print(overview(*found))
+            return 0
+        live = stack.enter_context(Live(console=console, auto_refresh=False, screen=console.is_terminal))
+        problem = Text()
         while True:
-            live.update(overview(*await ask()), refresh=True)
+            live.update(Group(problem, overview(*found)), refresh=True)
             await asyncio.sleep(REFRESH)
+            try:
+                found, problem = await ask(), Text()
+            except KubeError as error:  # the last answer stays in sight until there is another one
+                problem = Text(f"the cluster does not answer: {error}", style="red")
