@@ -318,6 +318,37 @@ class RolloutSpec(Resource):
     )
 
 
+class AutoscalingSpec(Resource):
+    """How many agents there are, by the blocks and the sequence slots that requests need.
+
+    Agents are added at once. They are taken away one delay after fewer are enough.
+    """
+
+    RULES = (
+        Rule(
+            "self.minReplicas <= self.maxReplicas",
+            lambda self: self.min_replicas <= self.max_replicas,
+            "minReplicas must not be above maxReplicas",
+            "minReplicas",
+        ),
+    )
+
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="Agents at least.")
+    max_replicas: int = Field(ge=1, le=1000, description="Agents at most.")
+    target_used_percent: int = Field(
+        default=70,
+        ge=1,
+        le=100,
+        description="Share of all device blocks, and of all sequence slots, that should be in use.",
+    )
+    scale_in_delay_seconds: int = Field(
+        default=300,
+        ge=0,
+        le=86400,
+        description="Fewer agents must be enough for so long, without interruption, before agents go.",
+    )
+
+
 class LimitsSpec(Resource):
     """What one tenant may ask of one gateway pod."""
 
@@ -409,7 +440,13 @@ class LLMServiceSpec(Resource):
 
     model: ModelSpec
     replicas: int = Field(
-        default=1, ge=0, le=1000, description="Agents. kubectl scale and autoscalers set it."
+        default=1,
+        ge=0,
+        le=1000,
+        description="Agents. kubectl scale and autoscalers set it; with autoscaling leave it out.",
+    )
+    autoscaling: AutoscalingSpec | None = Field(
+        default=None, description="Lets the operator set replicas; 0 replicas stay 0."
     )
     tensor_parallel: int = Field(
         default=1, ge=1, le=64, description="GPUs of one agent, which share the model."
@@ -509,10 +546,24 @@ class Decision(Resource):
     """What the operator decided, and the numbers that led to it."""
 
     time: str = Field(json_schema_extra={"format": "date-time"}, description="When it was carried out.")
-    action: str = Field(max_length=32, description="Create, Drain or Delete.")
-    agent: str = Field(max_length=253, description="The agent, by the name of its pod.")
+    action: str = Field(max_length=32, description="Create, Drain, Delete or Scale.")
+    agent: str = Field(
+        max_length=253, description="The agent, by the name of its pod; empty if it is about all."
+    )
     reason: str = Field(max_length=64, description="Why, as one CamelCase word.")
     message: str = Field(default="", max_length=1024, description="Why, for a person.")
+
+
+class AutoscalingStatus(Resource):
+    """What the load asks for."""
+
+    wanted: int = Field(description="Agents that are wanted; the most of them since the time in since.")
+    reason: str = Field(max_length=64, description="What asks for so many, as one CamelCase word.")
+    since: str | None = Field(
+        default=None,
+        json_schema_extra={"format": "date-time"},
+        description="Since when fewer agents than there are have been enough.",
+    )
 
 
 class LLMServiceStatus(Resource):
@@ -538,6 +589,9 @@ class LLMServiceStatus(Resource):
     waiting: int = Field(default=0, description="Requests queued or preempted in all agents.")
     used_percent: int = Field(default=0, description="Share of all device blocks that are active.")
     pool: PoolStatus = Field(default_factory=PoolStatus)
+    autoscaling: AutoscalingStatus | None = Field(
+        default=None, description="Only with spec.autoscaling, and not while nothing is scaled."
+    )
     agents: list[AgentLine] = Field(
         default_factory=list,
         max_length=64,

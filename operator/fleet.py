@@ -4,7 +4,9 @@ A poll waits at the agent until its status changes, so an idle fleet costs one r
 A busy agent's status changes with every step; it is asked again after a pause that keeps the whole fleet
 below ``polls_per_second``. A service is marked dirty at once when something changed that decisions rest on
 (state, incarnation, layout, an error that came or went), and after ``LOAD_DELAY`` for load alone, so that
-a steady fleet causes next to no work and no writes. None of this is API-server traffic.
+a steady fleet causes next to no work and no writes. Services whose load decides how many agents they have
+are marked after ``SCALED_DELAY``, or later where so many of them are busy that ``SCALED_ROUNDS`` would be
+exceeded. None of this is API-server traffic.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ DRAINING_PAUSE = 0.1  # somebody waits for the end of a drain
 FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 30.0
 CONNECTING = 64  # agents that are connected to at once
 LOAD_DELAY = 30.0  # seconds within which a change of load alone is told
+SCALED_DELAY = 3.0  # the same for services that are scaled by their load
+SCALED_ROUNDS = 100.0  # rounds a second that load may cause in all services that are scaled by it
 LOAD_STEP = 5  # percent of the pool
 LARGEST_ANSWER = 1 << 20
 
@@ -53,6 +57,7 @@ class _Agent:
     told: AgentStatus | None = None  # the status that the service was last marked dirty for
     urgent: bool = False  # poll it as often as is sensible
     ready: bool = False  # what its pod says
+    scaled: bool = False  # its load decides how many agents its service has
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # ends the pause after an error
     task: asyncio.Task[None] | None = None
 
@@ -100,8 +105,11 @@ class Fleet:
         waits = (agent.since + FIRST_TIMEOUT - now for agent in agents if agent.report is None)
         return max(waits, default=0.0)
 
-    def follow(self, key: Key, pods: Mapping[str, Pod], token: str) -> None:
-        """The pods of a service by uid. What is not among them is forgotten, report and all."""
+    def follow(self, key: Key, pods: Mapping[str, Pod], token: str, *, scaled: bool = False) -> None:
+        """The pods of a service by uid. What is not among them is forgotten, report and all.
+
+        ``scaled``: their load decides how many there are, so it is told soon.
+        """
         for uid in self._of.get(key, set()) - pods.keys():
             self._forget(uid)
         for uid, pod in pods.items():
@@ -122,7 +130,7 @@ class Fleet:
             agent.urgent = pod.draining_since is not None
             if pod.ready and not agent.ready:
                 agent.wake.set()
-            agent.ready = pod.ready
+            agent.ready, agent.scaled = pod.ready, scaled
 
     def _forget(self, uid: str) -> None:
         agent = self._agents.pop(uid)
@@ -229,7 +237,10 @@ class Fleet:
             self._queue.add(agent.key)
         elif before is not None and now is not None and _load_moved(before, now):
             agent.told = now
-            self._queue.add_after(agent.key, LOAD_DELAY)
+            self._queue.add_after(agent.key, self._load_delay(agent))
+
+    def _load_delay(self, agent: _Agent) -> float:
+        return max(SCALED_DELAY, len(self._of) / SCALED_ROUNDS) if agent.scaled else LOAD_DELAY
 
 
 async def _status(response: aiohttp.ClientResponse) -> AgentStatus:

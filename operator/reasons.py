@@ -13,6 +13,12 @@ AGENT_FAILED = "AgentFailed"
 AGENT_LEAVING = "AgentLeaving"  # it drains or terminates although nobody here asked for it
 SERVICE_DELETED = "ServiceDeleted"
 
+# Why the number of agents is changed.
+KV_LOAD = "KVLoad"  # the blocks of running and waiting requests ask for it
+REQUEST_LOAD = "RequestLoad"  # the sequence slots that they need do
+MIN_REPLICAS = "MinReplicas"
+MAX_REPLICAS = "MaxReplicas"
+
 # Why conditions are what they are.
 ALL_READY = "AllReady"
 SCALED_TO_ZERO = "ScaledToZero"

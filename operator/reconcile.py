@@ -21,7 +21,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-from . import children, replicas, status
+from . import autoscale, children, replicas, status
+from .autoscale import Scale
 from .children import Defaults, TemplateError
 from .cluster import Cluster, Custom
 from .companions import Companions, Name, name_of
@@ -155,7 +156,7 @@ class Reconciler:
             return
         self._uids[key] = custom.service.uid
         service, revision, wanted = self._read(custom.service)
-        done: list[Action] = []
+        done: list[Action | Scale] = []
         problem: Exception | None = None
         try:
             await self._prepare(custom, service, wanted)
@@ -176,8 +177,10 @@ class Reconciler:
             # The status tells of the spec that this round has worked on, not of one that came meanwhile.
             observed = self._observe(replace(service, status=current.service.status), revision)
             await self._write_status(key, observed, done)
-            if (seconds := replicas.due(observed)) is not None:
-                self._queue.add_after(key, max(0.1, seconds))
+            # A scaling that has just failed is tried again with the round, after the queue's pause.
+            for seconds in (replicas.due(observed), None if problem else autoscale.due(observed)):
+                if seconds is not None:
+                    self._queue.add_after(key, max(0.1, seconds))
         if problem is not None:
             raise problem
 
@@ -215,13 +218,25 @@ class Reconciler:
             await self._companions.ensure(service, wanted, children.retired(service, self._defaults))
         if token := await self._token(service, make=False):
             key = (service.namespace, service.name)
-            self._fleet.follow(key, self._cluster.pods_of(service), token)
+            scaled = service.spec is not None and service.spec.autoscaling is not None
+            self._fleet.follow(key, self._cluster.pods_of(service), token, scaled=scaled)
 
-    async def _converge(self, custom: Custom, service: Service, revision: str, done: list[Action]) -> None:
+    async def _converge(
+        self, custom: Custom, service: Service, revision: str, done: list[Action | Scale]
+    ) -> None:
         """Carry out all that is to be done now; ``done`` holds what was, also if this fails."""
         if service.deleting and not self._cluster.pods_of(service):
             await self._let_go(custom)
             return
+        refusal: ApiError | None = None
+        if (scale := autoscale.plan(self._observe(service, revision))) is not None:
+            try:
+                await self._scale(service, scale)
+            except ApiError as error:  # agents are seen to all the same
+                refusal = error
+            else:  # the next round, which this has made due, works on the new number
+                done.append(scale)
+                return
         actions = replicas.plan(self._observe(service, revision))
         if any(isinstance(action, Create) for action in actions):
             # A Secret that somebody deleted would keep new agents from starting.
@@ -230,8 +245,20 @@ class Reconciler:
         for action in actions:
             await self._carry_out(service, revision, action)
             done.append(action)
-        if done:
-            await self._tell(service, done)
+        if actions:
+            await self._tell(service, actions)
+        if refusal is not None:
+            raise refusal
+
+    async def _scale(self, service: Service, scale: Scale) -> None:
+        """Change the spec's replicas; the answer is in the mirror before this returns."""
+        patch = {"metadata": {"uid": service.uid}, "spec": {"replicas": scale.replicas}}
+        self._cluster.services.put(
+            await self._kube.merge(LLM_SERVICE, service.namespace, service.name, patch)
+        )
+        await self._recorder.emit(
+            service, "Normal", "Scaled", Scale.__name__, f"{scale.reason}: {scale.message}"
+        )
 
     async def _hold(self, custom: Custom) -> None:
         """The finalizer, so that a deletion waits until agents have drained."""
@@ -306,7 +333,7 @@ class Reconciler:
 
     # ── Status ────────────────────────────────────────────────────────────────────────────────────
 
-    async def _write_status(self, key: Key, observed: Observed, done: Sequence[Action]) -> None:
+    async def _write_status(self, key: Key, observed: Observed, done: Sequence[Action | Scale]) -> None:
         """Write it if it differs; if only load does, not too often."""
         service, before = observed.service, observed.service.status
         after = status.compute(observed, done, before)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from . import reasons
+from . import autoscale, reasons
 from .api import AgentLine, Condition, Decision, LLMServiceStatus, PoolStatus, TierPool, quantity
+from .autoscale import Scale
 from .children import selector, url
 from .observed import PAUSED, Observed, Pod, stamp
-from .replicas import Action, Create, Release, leaving, lost, misplaced, outdated
+from .replicas import Action, Create, Delete, Drain, Release, leaving, lost, misplaced, outdated
 
 LONGEST_MESSAGE = 1024
 MOST_AGENTS = 64
@@ -24,7 +25,9 @@ _Truth = Literal["True", "False", "Unknown"]
 _Verdict = tuple[_Truth, str, str]  # status, reason, message
 
 
-def compute(observed: Observed, actions: Sequence[Action], previous: Mapping[str, Any]) -> dict[str, Any]:
+def compute(
+    observed: Observed, actions: Sequence[Action | Scale], previous: Mapping[str, Any]
+) -> dict[str, Any]:
     """LLMServiceStatus as the API server stores it. ``actions`` are those that have just been carried out.
 
     Equal to ``previous`` when nothing has changed: write only if it differs.
@@ -53,6 +56,7 @@ def compute(observed: Observed, actions: Sequence[Action], previous: Mapping[str
         waiting=sum(pod.agent.waiting for pod in view.present if pod.agent is not None),
         used_percent=_percent(sum(tier.active for tier in device), sum(tier.total for tier in device)),
         pool=PoolStatus(device=_pool(device), host=_pool(host)),
+        autoscaling=autoscale.state(observed),
         agents=_lines(observed),
         decisions=_decisions(observed, actions, previous),
     )
@@ -62,13 +66,18 @@ def compute(observed: Observed, actions: Sequence[Action], previous: Mapping[str
 def urgent(status: Mapping[str, Any], previous: Mapping[str, Any]) -> bool:
     """Does it differ in more than load (percentages, running and waiting requests, pool numbers)?
 
-    Load alone changes all the time while requests run: write it at most every few seconds.
+    Load alone changes all the time while requests run: write it at most every few seconds. That fewer agents
+    are enough is load too, but the time since when must not outlive the moment in which it is no longer true.
     """
+    before = previous.get("autoscaling") or {}
+    if "since" in before and status.get("autoscaling") != before:
+        return True
     return _without_load(status) != _without_load(previous)
 
 
 def _without_load(status: Mapping[str, Any]) -> dict[str, Any]:
     load = {"running", "waiting", "usedPercent", "cachedPercent", "hitPercent", "free", "cached", "active"}
+    load.add("autoscaling")
 
     def strip(part: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in part.items() if name not in load}
@@ -248,13 +257,15 @@ def _trouble(pod: Pod) -> str:
     return f"was restarted {pod.restarts} times" if pod.restarts else ""
 
 
-def _decisions(observed: Observed, actions: Iterable[Action], previous: Mapping[str, Any]) -> list[Decision]:
+def _decisions(
+    observed: Observed, actions: Iterable[Action | Scale], previous: Mapping[str, Any]
+) -> list[Decision]:
     """The newest first. A step that is only tried again is no new decision."""
     found = [Decision.model_validate(each) for each in previous.get("decisions") or ()]
     for action in actions:
         if isinstance(action, Release):
             continue
-        name = action.name if isinstance(action, Create) else action.pod.name
+        name = _agent(action)
         decision = Decision(
             time=stamp(observed.now),
             action=type(action).__name__,
@@ -263,9 +274,20 @@ def _decisions(observed: Observed, actions: Iterable[Action], previous: Mapping[
             message=_short(action.message),
         )
         last = next((each for each in found if each.agent == name), None)
-        if last is None or (last.action, last.reason) != (decision.action, decision.reason):
+        again = last is not None and (last.action, last.reason) == (decision.action, decision.reason)
+        if isinstance(action, Scale) or not again:
             found.insert(0, decision)
     return found[:MOST_DECISIONS]
+
+
+def _agent(action: Create | Drain | Delete | Scale) -> str:
+    """The agent that it is about; "" if it is about all."""
+    match action:
+        case Scale():
+            return ""
+        case Create():
+            return action.name
+    return action.pod.name
 
 
 def _pool(tiers: Sequence[Any]) -> TierPool:

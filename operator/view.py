@@ -39,6 +39,8 @@ def _service(raw: Raw, moves: Sequence[Raw]) -> list[RenderableType]:
     if metadata.get("generation", 0) > status.get("observedGeneration", 0):
         head.append("  (not yet seen by the operator)", style="yellow")
     parts: list[RenderableType] = [head, *map(_condition, status.get("conditions") or ())]
+    if scaling := status.get("autoscaling"):
+        parts.append(_autoscaling(scaling, spec.get("autoscaling") or {}))
     parts += [
         Text.assemble(f"  {tier:6} ", _bar(pool), _numbers(pool))
         for tier, pool in (status.get("pool") or {}).items()
@@ -50,7 +52,8 @@ def _service(raw: Raw, moves: Sequence[Raw]) -> list[RenderableType]:
     if moves:
         parts.append(_moves(moves))
     for decision in (status.get("decisions") or [])[:5]:
-        line = f"  {decision['time'][11:19]}  {decision['action']} {decision['agent']}: {decision['reason']}"
+        what = f"{decision['action']} {decision['agent']}".rstrip()
+        line = f"  {decision['time'][11:19]}  {what}: {decision['reason']}"
         parts.append(Text(f"{line}, {decision['message']}" if decision.get("message") else line, style="dim"))
     return parts
 
@@ -61,6 +64,14 @@ def _condition(condition: Raw) -> Text:
     line.append(f"{condition['status']:8}{condition['reason']}", style="")
     if condition.get("message"):
         line.append(f": {condition['message']}", style="" if not good else "dim")
+    return line
+
+
+def _autoscaling(scaling: Raw, spec: Raw) -> Text:
+    bounds = f"{spec.get('minReplicas', 1)} to {spec.get('maxReplicas', '?')} agents"
+    line = Text(f"  {'Autoscaling':12}{bounds}, {scaling['wanted']} wanted: {scaling['reason']}")
+    if since := scaling.get("since"):
+        line.append(f"; so few are enough since {since[11:19]}", style="dim")
     return line
 
 

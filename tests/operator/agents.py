@@ -84,9 +84,8 @@ class Agent:
     def begin_life(self, state: str = "ready") -> None:
         self._open = True
         tier = TierStatus(total=100, free=100, block_bytes=1 << 20)
-        self.status = AgentStatus.model_validate(
-            {"version": 1, "incarnation": uuid.uuid4().hex, "state": state, "model": "m", "device_tier": tier}
-        )
+        facts = {"version": 1, "incarnation": uuid.uuid4().hex, "state": state, "model": "m"}
+        self.status = AgentStatus.model_validate({**facts, "device_tier": tier, "max_num_seqs": 8})
 
     async def set(self, **changes: Any) -> None:
         async with self._changed:

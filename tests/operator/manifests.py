@@ -73,6 +73,17 @@ SERVICES: dict[str, tuple[Raw, str, str]] = {
         "spec.balance",
         "lowWatermarkPercent must be below",
     ),
+    "fewer at most than at least": (
+        llm_service(autoscaling={"minReplicas": 3, "maxReplicas": 2}),
+        "spec.autoscaling",
+        "minReplicas must not be above",
+    ),
+    "autoscaling without an end": (llm_service(autoscaling={}), "spec.autoscaling.maxReplicas", ""),
+    "autoscaling to nothing": (
+        llm_service(autoscaling={"minReplicas": 0, "maxReplicas": 2}),
+        "spec.autoscaling.minReplicas",
+        "",
+    ),
     "more than all": (llm_service(kv={"memoryPercent": 101}), "spec.kv.memoryPercent", ""),
     "a dtype that there is not": (llm_service(engine={"dtype": "int3"}), "spec.engine.dtype", "bfloat16"),
     "a block of 12 tokens": (llm_service(kv={"blockTokens": 12}), "spec.kv.blockTokens", "16"),

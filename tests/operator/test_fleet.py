@@ -46,12 +46,12 @@ class Fixture:
         self.queue = WorkQueue()
         self.fleet = Fleet(self.queue, polls_per_second=1e6)
 
-    def follow(self, *ips: str, token: str = "t", **more: Any) -> None:
+    def follow(self, *ips: str, token: str = "t", scaled: bool = False, **more: Any) -> None:
         pods = {
             f"uid-{ip}": Pod(f"pod-{ip}", f"uid-{ip}", ip=ip, port=self.agents.port, running=True, **more)
             for ip in ips
         }
-        self.fleet.follow(KEY, pods, token)
+        self.fleet.follow(KEY, pods, token, scaled=scaled)
 
     async def marked(self) -> None:
         """Until the service is dirty; it is not afterwards."""
@@ -121,6 +121,27 @@ def test_load_alone_marks_the_service_only_when_it_has_moved_by_a_step() -> None
             assert len(fixture.queue) == 0 and not fixture.queue._later, "a few blocks are not worth a round"
             await agent.used(fleet_module.LOAD_STEP)
             await fixture.marked()
+
+    run(scenario())
+
+
+def test_a_queue_that_rises_is_told_soon_where_it_decides_and_not_too_often_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(fleet_module, "LOAD_DELAY", 3600.0)
+        monkeypatch.setattr(fleet_module, "SCALED_DELAY", 0.01)
+        async with following() as (fixture, (ip,)):
+            agent = fixture.agents.of[ip]
+            fixture.follow(ip, scaled=True)
+            await fixture.marked()
+            await agent.set(waiting=1)
+            await fixture.marked()
+            monkeypatch.setattr(fleet_module, "SCALED_ROUNDS", 1 / 3600)
+            await agent.set(waiting=2)
+            await until(lambda: KEY in fixture.queue._later)
+            assert fixture.queue._later[KEY].when() > asyncio.get_running_loop().time() + 1800
+            fixture.queue.close()
 
     run(scenario())
 

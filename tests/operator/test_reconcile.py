@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from blockyard.operator import fleet as fleet_module
 from blockyard.operator import kube as kube_module
 from blockyard.operator import reconcile as reconcile_module
 from blockyard.operator import workqueue as workqueue_module
@@ -323,6 +324,63 @@ def test_scaling_in_drains_first_and_the_label_falls_only_when_it_is_drained() -
             ]  # fmt: skip
             first = next(i for i, metadata in enumerate(released) if UNDRAINED not in metadata["labels"])
             assert "deletionTimestamp" not in released[first], "released before it was deleted"
+
+    run(scenario())
+
+
+SCALED = {"autoscaling": {"maxReplicas": 3, "targetUsedPercent": 100, "scaleInDelaySeconds": 1}}
+
+
+def test_load_scales_out_at_once_and_in_after_the_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "SCALED_DELAY", 0.01)
+
+    async def scenario() -> None:
+        async with world() as (server, agents, _kubelet), Life(server) as life:
+            await server.put(LLM_SERVICE, service(**SCALED, replicas=1))
+            await server.until(ready(server, 1))
+            (agent,) = agents.of.values()
+            await agent.set(running=8, waiting=5)
+            await server.until(ready(server, 2))
+            await life.quiet()
+            assert status_of(server)["autoscaling"] == {"wanted": 2, "reason": "RequestLoad"}
+            await agent.set(running=1, waiting=0)
+            await server.until(lambda: "since" in status_of(server)["autoscaling"])
+            assert server.get(LLM_SERVICE, "s")["spec"]["replicas"] == 2
+            await server.until(lambda: server.get(LLM_SERVICE, "s")["spec"]["replicas"] == 1)
+            await life.quiet()
+            told = [each for each in status_of(server)["decisions"] if each["action"] == "Scale"]
+            assert [each["message"][:25] for each in told] == [
+                "replicas from 2 to 1: blo",
+                "replicas from 1 to 2: blo",
+            ]
+            events = [each for each in server.all(EVENT) if each["reason"] == "Scaled"]
+            assert len(events) == 2
+            assert server.get(LLM_SERVICE, "s")["metadata"]["generation"] == 3, "each change was written once"
+
+    run(scenario())
+
+
+def test_where_scaling_is_refused_agents_are_seen_to_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "SCALED_DELAY", 0.01)
+
+    async def scenario() -> None:
+        async with world() as (server, agents, _kubelet), Life(server) as life:
+            await server.put(LLM_SERVICE, service(**SCALED))
+            await server.until(ready(server, 1))
+            await life.quiet()
+            refusal = Fault(lambda method, path: method == "PATCH" and path.endswith("/s"), 10**6, 403)
+            server.faults.append(refusal)
+            (agent,) = agents.of.values()
+            await agent.set(running=8, waiting=5)
+            await server.until(lambda: condition(server, "Degraded")[:2] == ("True", "Refused"))
+            (pod,) = server.all(POD)
+            await server.remove(POD, pod["metadata"]["name"])
+            await server.until(lambda: server.all(POD) and "status" in server.all(POD)[0])
+            (other,) = server.all(POD)
+            assert other["metadata"]["uid"] != pod["metadata"]["uid"]
+            refusal.times = 0
+            await agents.of[other["status"]["podIP"]].set(running=8, waiting=5)
+            await server.until(ready(server, 2))
 
     run(scenario())
 

@@ -1,0 +1,141 @@
+"""How many agents a service's load asks for: pure functions from what is there to what replicas should be.
+
+What can run out in an agent are KV blocks and sequence slots, so the load is counted in both, and in absolute
+numbers: a few long contexts ask for agents as many short requests do, cached blocks ask for none, and agents
+that have been asked for and still start are not asked for again. ``targetUsedPercent`` of an agent is what
+it is to carry.
+
+More agents come at once. Fewer are kept when the lower number has been enough for ``scaleInDelaySeconds``
+without interruption, and then as many as were wanted at most meanwhile: so a load that does not change
+changes the number once. All that must be remembered is in ``status.autoscaling``. Where a report is missing
+the load is not known, and the number stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+from . import reasons
+from .api import AutoscalingSpec, AutoscalingStatus
+from .observed import Observed, seconds, stamp
+from .replicas import leaving, lost
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Write ``replicas`` to the LLMService's spec, as a HorizontalPodAutoscaler would."""
+
+    replicas: int
+    reason: str
+    message: str
+
+
+def plan(observed: Observed) -> Scale | None:
+    """What replicas is to be changed to now; None if it is right, or if nothing is to be scaled."""
+    verdict, spec = _judge(observed), observed.service.spec
+    if verdict is None or spec is None or verdict.replicas == spec.replicas:
+        return None
+    words = f"replicas from {spec.replicas} to {verdict.replicas}: {verdict.numbers}"
+    return Scale(verdict.replicas, verdict.reason, words)
+
+
+def state(observed: Observed) -> AutoscalingStatus | None:
+    """What is to be remembered; None if nothing is to be scaled."""
+    verdict = _judge(observed)
+    if verdict is None:
+        return None
+    since = None if verdict.since is None else stamp(verdict.since)
+    return AutoscalingStatus(wanted=verdict.wanted, reason=verdict.reason, since=since)
+
+
+def due(observed: Observed) -> float | None:
+    """Seconds until time alone changes the number: until the delay of a scale-in ends; None if none runs."""
+    verdict, spec = _judge(observed), observed.service.spec
+    if verdict is None or verdict.since is None or spec is None or spec.autoscaling is None:
+        return None
+    return max(0.0, verdict.since + spec.autoscaling.scale_in_delay_seconds - observed.now)
+
+
+# ── How it is judged ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """``wanted`` agents, the most since ``since`` if fewer are enough; ``replicas`` is what to write now."""
+
+    wanted: int
+    reason: str
+    numbers: str
+    replicas: int
+    since: float | None = None
+
+
+def _judge(observed: Observed) -> _Verdict | None:
+    service, spec = observed.service, observed.service.spec
+    if spec is None or spec.autoscaling is None or service.deleting or service.paused or spec.replicas == 0:
+        return None
+    scaling = spec.autoscaling
+    current, bound = _bounded(spec.replicas, "", scaling)
+    if bound:
+        return _Verdict(current, bound, _range(scaling), replicas=current)
+    wanted, reason, numbers = _asked(observed, scaling, spec.replicas)
+    if wanted >= current:
+        return _Verdict(wanted, reason, numbers, replicas=wanted)
+    before = service.status.get("autoscaling") or {}
+    since, most = seconds(before.get("since")), before.get("wanted", current)
+    if since is None or most >= current:  # from now on fewer are enough
+        since = observed.now
+    elif most > wanted:
+        wanted, reason = most, before.get("reason", reason)
+    over = observed.now >= since + scaling.scale_in_delay_seconds
+    numbers += f"; no more were wanted for {scaling.scale_in_delay_seconds} s"
+    return _Verdict(wanted, reason, numbers, wanted if over else current, since)
+
+
+def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple[int, str, str]:
+    """(agents, reason, the numbers) that the load asks for; ``replicas`` where it is not known."""
+    serving = [
+        pod
+        for pod in observed.pods
+        if not (pod.deleting or pod.finished or leaving(pod) or lost(pod, observed))
+        and (pod.ready or (pod.agent is not None and pod.agent.state == "ready"))
+    ]
+    agents = [
+        pod.agent
+        for pod in serving
+        if pod.agent is not None and pod.agent.device_tier.total and pod.agent.max_num_seqs
+    ]
+    if not agents or len(agents) < len(serving):
+        words = f"{len(agents)} of {len(serving)} agents that serve have reported"
+        return replicas, reasons.NO_REPORTS, words
+    blocks = sum(agent.device_tier.total for agent in agents)
+    active = sum(agent.device_tier.active for agent in agents)
+    slots = sum(agent.max_num_seqs for agent in agents)
+    running = sum(agent.running for agent in agents)
+    requests = running + sum(agent.waiting for agent in agents)
+    # Those that wait are taken to be as large as those that run; where none runs, their slots alone count.
+    needed = Fraction(active * requests, running) if running else Fraction(active)
+    share = Fraction(scaling.target_used_percent, 100 * len(agents))  # what one agent is to carry, of all
+    by_blocks, by_slots = ceil(needed / (blocks * share)), ceil(requests / (slots * share))
+    cause = reasons.KV_LOAD if by_blocks >= by_slots else reasons.REQUEST_LOAD
+    wanted, reason = _bounded(max(by_blocks, by_slots), cause, scaling)
+    words = (
+        f"blocks ask for {by_blocks} ({active} of {blocks} active in {len(agents)} agents), slots for "
+        f"{by_slots} ({requests} requests on {slots}, {requests - running} of them waiting), at a target of "
+        f"{scaling.target_used_percent} % and {_range(scaling)}"
+    )
+    return wanted, reason, words
+
+
+def _bounded(wanted: int, reason: str, scaling: AutoscalingSpec) -> tuple[int, str]:
+    if wanted > scaling.max_replicas:
+        return scaling.max_replicas, reasons.MAX_REPLICAS
+    if wanted < scaling.min_replicas:
+        return scaling.min_replicas, reasons.MIN_REPLICAS
+    return wanted, reason
+
+
+def _range(scaling: AutoscalingSpec) -> str:
+    return f"between {scaling.min_replicas} and {scaling.max_replicas}"
