@@ -1,8 +1,9 @@
 """The local runtime: an LLMService on one machine, without Kubernetes.
 
 The same manifest and the same pure functions as in a cluster (``children`` for what an agent is started with,
-``replicas`` for which agents come and go, ``status`` for what is said of it) with processes in place of pods.
-A change of the manifest's file is a change of the resource, rolling update included.
+``autoscale`` for how many are wanted, ``replicas`` for which come and go, ``status`` for what is said of it)
+with processes in place of pods. A change of the manifest's file is a change of the resource, rolling update
+included.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import children, replicas, status
+from . import autoscale, children, replicas, status
+from .autoscale import Scale
 from .children import Defaults, TemplateError
 from .fleet import Fleet
 from .local_manifest import Machine, ManifestError, check_runs_here, read
 from .local_process import LocalProcess
 from .observed import Node, Observed, Pod, Service
-from .replicas import Create, Delete, Drain, Release
+from .replicas import Action, Create, Delete, Drain, Release
 from .workqueue import WorkQueue
 
 log = logging.getLogger("blockyard.local")
@@ -173,6 +175,10 @@ class LocalRuntime:
             log.warning("the change is not followed: %s", error)
             return
         self.problem = ""
+        spec, before = service.spec, self.service.spec
+        assert spec is not None and before is not None
+        if spec.autoscaling is not None and "replicas" not in spec.model_fields_set:
+            service = _with_replicas(service, before.replicas)  # an apply would leave it alone, too
         self.service = service
 
     # ── One round ─────────────────────────────────────────────────────────────────────────────────
@@ -194,9 +200,12 @@ class LocalRuntime:
             now=time.time(),
             refused=self.problem,
         )
-        actions = replicas.plan(observed)
+        scale = autoscale.plan(observed)
+        actions: list[Action | Scale] = [scale] if scale is not None else [*replicas.plan(observed)]
         for action in actions:
             match action:
+                case Scale():
+                    self._scale(action.replicas)
                 case Create():
                     self._create(action.name, observed.revision)
                 case Drain():
@@ -212,6 +221,11 @@ class LocalRuntime:
         self._list_agents()
         self._write_state()
         self.on_status(self.resource())
+
+    def _scale(self, number: int) -> None:
+        scaled = _with_replicas(self.service, number)
+        self.service = replace(scaled, generation=scaled.generation + 1)
+        self._changed()
 
     def _create(self, name: str, revision: str) -> None:
         spec = self.service.spec
@@ -346,6 +360,12 @@ def running_services(runs: Path) -> list[dict[str, Any]]:
             continue
         found.append(state["service"])
     return found
+
+
+def _with_replicas(service: Service, number: int) -> Service:
+    """The service, with so many agents wanted."""
+    assert service.spec is not None
+    return replace(service, spec=service.spec.model_copy(update={"replicas": number}))
 
 
 def _replace(file: Path, text: str) -> None:

@@ -79,11 +79,12 @@ def check_runs_here(service: Service, machine: Machine) -> None:
             f"spec.auth.secretName: there are no Secrets here; give the keys of {spec.auth.secret_name} with "
             "--keys FOLDER (a file per tenant, its lines are keys), or leave spec.auth out"
         )
-    if spec.device == "cuda" and len(machine.gpus) < spec.replicas * spec.tensor_parallel:
+    most = spec.replicas if spec.autoscaling is None else spec.autoscaling.max_replicas
+    if spec.device == "cuda" and len(machine.gpus) < most * spec.tensor_parallel:
         raise ManifestError(
-            f"spec.device is cuda and {spec.replicas} replicas of {spec.tensor_parallel} GPUs are asked for; "
+            f"spec.device is cuda and {most} replicas of {spec.tensor_parallel} GPUs are asked for; "
             f"this machine has {len(machine.gpus)} usable GPUs. Set spec.device: cpu to run on the CPU, or "
-            "lower spec.replicas or spec.tensorParallel"
+            "lower spec.replicas, spec.autoscaling.maxReplicas or spec.tensorParallel"
         )
 
 

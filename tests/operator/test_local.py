@@ -41,9 +41,12 @@ MANIFEST = {
 
 
 def written(folder: Path, **changes: Any) -> Path:
+    """The manifest; a field that is None is left out."""
     path = folder / "service.yaml"
     fresh = folder / "service.new"
-    fresh.write_text(yaml.safe_dump({**MANIFEST, "spec": {**MANIFEST["spec"], **changes}}))  # type: ignore[dict-item]
+    spec = {**MANIFEST["spec"], **changes}  # type: ignore[dict-item]
+    given = {field: value for field, value in spec.items() if value is not None}
+    fresh.write_text(yaml.safe_dump({**MANIFEST, "spec": given}))
     fresh.replace(path)
     return path
 
@@ -181,6 +184,45 @@ def test_a_service_lives_on_one_machine(up: Up, tmp_path: Path) -> None:
     assert running_services(up.runs) == []
 
 
+def test_load_scales_a_service_on_one_machine(tmp_path: Path) -> None:
+    scaling = {"maxReplicas": 2, "targetUsedPercent": 50, "scaleInDelaySeconds": 3}
+    small: dict[str, Any] = {
+        "replicas": None,
+        "autoscaling": scaling,
+        "engine": {**MANIFEST["spec"]["engine"], "maxSequences": 1},  # type: ignore[index]
+    }
+    up = Up(written(tmp_path, **small), tmp_path)
+    enough = threading.Event()
+    threads: list[threading.Thread] = []
+    try:
+        up.ready(1)
+        url = f"http://127.0.0.1:{up.port}/v1"
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+
+        def load() -> None:
+            while not enough.is_set():
+                client.completions.create(model="tiny", prompt="Count:", max_tokens=24, temperature=0)
+
+        threads += [threading.Thread(target=load) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        up.ready(2)
+        # A file that says nothing of replicas leaves their number alone.
+        written(tmp_path, **small, drain={"timeoutSeconds": 50})
+        edited = up.until(lambda s: s["service"]["spec"]["drain"]["timeoutSeconds"] == 50)
+        assert edited["service"]["spec"]["replicas"] == 2
+        enough.set()
+        calm = up.ready(1)
+        decisions = [d["message"] for d in calm["service"]["status"]["decisions"] if d["action"] == "Scale"]
+        assert [message[:20] for message in decisions] == ["replicas from 2 to 1", "replicas from 1 to 2"]
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
+        code = up.stop()
+    assert code == 0, up.log.read_text()
+
+
 def test_nothing_outlives_a_runtime_that_is_killed(up: Up) -> None:
     state = up.until(lambda s: all(s["agents"].values()) and len(s["agents"]) == 2)
     up.process.kill()
@@ -196,6 +238,7 @@ def test_nothing_outlives_a_runtime_that_is_killed(up: Up) -> None:
     ("changes", "message"),
     [
         ({"device": "cuda"}, "spec.device: cpu"),
+        ({"device": "cuda", "autoscaling": {"maxReplicas": 3}}, "3 replicas of 1 GPUs"),
         (
             {"model": {"persistentVolumeClaim": {"claimName": "models"}}},
             "persistentVolumeClaim needs Kubernetes",
