@@ -122,9 +122,9 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
     cause = reasons.KV_LOAD if by_blocks >= by_slots else reasons.REQUEST_LOAD
     wanted, reason = _bounded(max(by_blocks, by_slots), cause, scaling)
     words = (
-        f"blocks ask for {by_blocks} ({active} of {blocks} active in {len(agents)} agents), slots for "
-        f"{by_slots} ({requests} requests on {slots}, {requests - running} of them waiting), at a target of "
-        f"{scaling.target_used_percent} % and {_range(scaling)}"
+        f"blocks ask for {by_blocks} ({active} of {blocks} are active), slots for {by_slots} "
+        f"({requests} requests on {slots}, {requests - running} of them waiting); agents that serve: "
+        f"{len(agents)}, target: {scaling.target_used_percent} %, {_range(scaling)}"
     )
     return wanted, reason, words
 

@@ -38,7 +38,7 @@ FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 30.0
 CONNECTING = 64  # agents that are connected to at once
 LOAD_DELAY = 30.0  # seconds within which a change of load alone is told
 SCALED_DELAY = 3.0  # the same for services that are scaled by their load
-SCALED_ROUNDS = 100.0  # rounds a second that load may cause in all services that are scaled by it
+SCALED_ROUNDS = 200.0  # rounds a second that load may cause in all services that are scaled by it
 LOAD_STEP = 5  # percent of the pool
 LARGEST_ANSWER = 1 << 20
 

@@ -109,8 +109,8 @@ def test_a_scaling_says_what_led_to_it() -> None:
     assert scale == Scale(
         5,
         reasons.KV_LOAD,
-        "replicas from 1 to 5: blocks ask for 5 (90 of 100 active in 1 agents), slots for 2 (10 requests "
-        "on 10, 6 of them waiting), at a target of 50 % and between 1 and 8",
+        "replicas from 1 to 5: blocks ask for 5 (90 of 100 are active), slots for 2 (10 requests on "
+        "10, 6 of them waiting); agents that serve: 1, target: 50 %, between 1 and 8",
     )
 
 
