@@ -9,6 +9,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -280,3 +281,35 @@ def test_a_template_that_does_not_fit_is_said_and_stops_nothing_else(
     cluster.delete("LLMService", "bad", namespace)
     bad.wait(lambda found: found is None)
     assert operator.get("/healthz")[0] == 200
+
+
+@pytest.mark.usefixtures("node")
+def test_load_scales_out_and_calm_scales_in(cluster: Cluster, namespace: str, start: StartOperator) -> None:
+    start()
+    service = Service(cluster, "scaled", namespace)
+    engine = {"threads": 1, "maxSequences": 1, "maxModelLen": 1024}
+    scaling = {"maxReplicas": 2, "scaleInDelaySeconds": 5}
+    cluster.create(manifest("scaled", namespace, engine=engine, autoscaling=scaling))
+    calm = threading.Event()
+
+    def ask(pod: Raw) -> None:
+        while not calm.is_set():
+            service.chat(pod, "Say hello.")
+
+    with Recorder(cluster, "scaled", namespace), ThreadPoolExecutor(3) as clients:
+        service.wait(settled(1))
+        (pod,) = service.pods()
+        asking = [clients.submit(ask, pod) for _ in range(3)]
+        try:
+            service.wait(settled(2))
+        finally:
+            calm.set()
+        for each in asking:
+            each.result()
+        found = service.wait(settled(1))
+    messages = [each["message"] for each in found["status"]["decisions"] if each["action"] == "Scale"]
+    assert [message.partition(":")[0] for message in messages] == [
+        "replicas from 2 to 1",
+        "replicas from 1 to 2",
+    ]
+    assert "Scaled" in cluster.kubectl("describe", "llms/scaled", "-n", namespace)
