@@ -178,7 +178,8 @@ class ApiServer:
         await self._tell(kind, "ADDED" if before is None else "MODIFIED", body)
         return body
 
-    async def _drop(self, kind: Kind, key: tuple[str, str]) -> None:
+    async def _drop(self, kind: Kind, key: tuple[str, str]) -> Raw:
+        """The object's last state, with the version of its deletion."""
         body = self.objects[kind.plural].pop(key)
         self.version += 1
         last = copy.deepcopy(body)
@@ -189,6 +190,7 @@ class ApiServer:
                 owners = dependent["metadata"].get("ownerReferences") or ()
                 if any(owner["uid"] == body["metadata"]["uid"] for owner in owners):
                     await self._drop(KINDS[plural], other)
+        return last
 
     async def _tell(self, kind: Kind, event: str, body: Raw) -> None:
         self.history.append((self.version, kind.plural, event, copy.deepcopy(body)))
@@ -346,13 +348,13 @@ class ApiServer:
         graceful = (
             kind == POD and before.get("spec", {}).get("nodeName") and options.get("gracePeriodSeconds") != 0
         )
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        after = merge(before, {"metadata": {"deletionTimestamp": now}})
         if before["metadata"].get("finalizers") or graceful:
-            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            return await self._store(
-                kind, key, merge(before, {"metadata": {"deletionTimestamp": now}}), before
-            )
-        await self._drop(kind, key)
-        return {"kind": "Status", "status": "Success"}
+            return await self._store(kind, key, after, before)
+        last = await self._drop(kind, key)
+        # A pod that goes at once is shown as it was; of everything else the answer is a Status.
+        return merge(after, last) if kind == POD else {"kind": "Status", "status": "Success"}
 
     async def _watch(self, request: web.Request, kind: Kind, namespace: str) -> web.StreamResponse:
         since = int(request.query.get("resourceVersion") or 0)

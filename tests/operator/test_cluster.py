@@ -45,6 +45,16 @@ def test_the_older_of_two_tellings_is_dropped_whichever_comes_last() -> None:
     assert kept.changes == [(None, 5), (5, None), (None, 8)]
 
 
+def test_the_answer_to_a_deletion_does_not_outlive_what_was_deleted() -> None:
+    kept = Kept()
+    kept.mirror.put(thing("a", 5, value=5))
+    kept.mirror.put(thing("a", 7, value=7))  # what a deletion by force answers: the object, at its end
+    kept.mirror.drop(thing("a", 7))
+    assert kept.mirror.get(("default", "a")) is None
+    kept.mirror.put(thing("a", 7, value=7))
+    assert kept.mirror.get(("default", "a")) is None, "nor where the watch was faster"
+
+
 def test_equal_values_are_no_change() -> None:
     kept = Kept()
     for version in range(1, 5):
@@ -91,9 +101,7 @@ def test_in_any_order_of_arrival_the_mirror_ends_where_the_server_is(data: st.Da
             continue
         version = data.draw(st.integers(1, len(history)))
         if kind == "answer":
-            how, raw = history[version - 1]
-            if how == "put":
-                kept.mirror.put(raw)
+            kept.mirror.put(history[version - 1][1])  # to a deletion, too, with its version and what it took
         elif version > told:  # a list is read after what the watch has told
             for raw in snapshots[version].values():
                 kept.mirror.put(raw)
