@@ -8,7 +8,7 @@ it is to carry.
 More agents come at once. Fewer are kept when the lower number has been enough for ``scaleInDelaySeconds``
 without interruption, and then as many as were wanted at most meanwhile: so a load that does not change
 changes the number once. All that must be remembered is in ``status.autoscaling``. Where a report is missing
-the load is not known, and the number stays.
+there may be more load than is known, and nothing goes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _judge(observed: Observed) -> _Verdict | None:
 
 
 def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple[int, str, str]:
-    """(agents, reason, the numbers) that the load asks for; ``replicas`` where it is not known."""
+    """(agents, reason, the numbers) that the load asks for; at least ``replicas`` if a report is missing."""
     serving = [
         pod
         for pod in observed.pods
@@ -107,9 +107,8 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
         for pod in serving
         if pod.agent is not None and pod.agent.device_tier.total and pod.agent.max_num_seqs
     ]
-    if not agents or len(agents) < len(serving):
-        words = f"{len(agents)} of {len(serving)} agents that serve have reported"
-        return replicas, reasons.NO_REPORTS, words
+    if not agents:
+        return replicas, reasons.NO_REPORTS, ""
     blocks = sum(agent.device_tier.total for agent in agents)
     active = sum(agent.device_tier.active for agent in agents)
     slots = sum(agent.max_num_seqs for agent in agents)
@@ -121,6 +120,8 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
     by_blocks, by_slots = ceil(needed / (blocks * share)), ceil(requests / (slots * share))
     cause = reasons.KV_LOAD if by_blocks >= by_slots else reasons.REQUEST_LOAD
     wanted, reason = _bounded(max(by_blocks, by_slots), cause, scaling)
+    if len(agents) < len(serving) and wanted < replicas:
+        return replicas, reasons.NO_REPORTS, ""
     words = (
         f"blocks ask for {by_blocks} ({active} of {blocks} are active), slots for {by_slots} "
         f"({requests} requests on {slots}, {requests - running} of them waiting); agents that serve: "

@@ -82,10 +82,10 @@ CASES: dict[str, tuple[Observed, int, str]] = {
         2,
         reasons.NO_REPORTS,
     ),
-    "one cannot be reached": (
+    "one cannot be reached, and the others ask for more all the same": (
         asked(serving("a", *BUSY), agent("b", report=Report(None, "no route")), replicas=2),
-        2,
-        reasons.NO_REPORTS,
+        5,
+        reasons.KV_LOAD,
     ),
     "none is there": (asked(replicas=3), 3, reasons.NO_REPORTS),
     "one serves, whatever its pod says at the moment": (

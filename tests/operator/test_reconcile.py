@@ -356,6 +356,10 @@ def test_load_scales_out_at_once_and_in_after_the_delay(monkeypatch: pytest.Monk
             events = [each for each in server.all(EVENT) if each["reason"] == "Scaled"]
             assert len(events) == 2
             assert server.get(LLM_SERVICE, "s")["metadata"]["generation"] == 3, "each change was written once"
+            before = server.writes()
+            life.queue.add(KEY)
+            await life.quiet()
+            assert server.writes() == before, "the same load costs nothing"
 
     run(scenario())
 
