@@ -19,7 +19,7 @@ from math import ceil
 
 from . import reasons
 from .api import AutoscalingSpec, AutoscalingStatus
-from .observed import Observed, seconds, stamp
+from .observed import Observed, Pod, seconds, stamp
 from .replicas import leaving, lost
 
 
@@ -80,7 +80,7 @@ def _judge(observed: Observed) -> _Verdict | None:
     current, bound = _bounded(spec.replicas, "", scaling)
     if bound:
         return _Verdict(current, bound, _range(scaling), replicas=current)
-    wanted, reason, numbers = _asked(observed, scaling, spec.replicas)
+    wanted, reason, numbers = _asked(observed, scaling, current)
     if wanted >= current:
         return _Verdict(wanted, reason, numbers, replicas=wanted)
     before = service.status.get("autoscaling") or {}
@@ -96,12 +96,7 @@ def _judge(observed: Observed) -> _Verdict | None:
 
 def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple[int, str, str]:
     """(agents, reason, the numbers) that the load asks for; at least ``replicas`` if a report is missing."""
-    serving = [
-        pod
-        for pod in observed.pods
-        if not (pod.deleting or pod.finished or leaving(pod) or lost(pod, observed))
-        and (pod.ready or (pod.agent is not None and pod.agent.state == "ready"))
-    ]
+    serving = [pod for pod in observed.pods if _serves(pod, observed)]
     agents = [
         pod.agent
         for pod in serving
@@ -128,6 +123,13 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
         f"{len(agents)}, target: {scaling.target_used_percent} %, {_range(scaling)}"
     )
     return wanted, reason, words
+
+
+def _serves(pod: Pod, observed: Observed) -> bool:
+    """It takes requests and is not on its way out; an agent's own word counts while its pod's wavers."""
+    if pod.deleting or pod.finished or leaving(pod) or lost(pod, observed):
+        return False
+    return pod.ready or (pod.agent is not None and pod.agent.state == "ready")
 
 
 def _bounded(wanted: int, reason: str, scaling: AutoscalingSpec) -> tuple[int, str]:

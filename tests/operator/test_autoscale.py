@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -220,6 +220,7 @@ def test_the_view_shows_what_is_wanted_and_since_when() -> None:
 
 # ── What always holds ─────────────────────────────────────────────────────────────────────────────────────
 
+on_any_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 loads = st.tuples(st.integers(0, SLOTS), st.integers(0, BLOCKS), st.integers(0, 50))
 fleets = st.lists(st.none() | loads, max_size=5)
 scalings = st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(1, 100)).map(
@@ -234,6 +235,7 @@ def pods_of(fleet: list[tuple[int, int, int] | None]) -> list[Pod]:
     ]
 
 
+@on_any_machine
 @given(fleets, scalings, st.integers(1, 12), st.integers(0, 12), st.integers(0, 200))
 def test_the_number_is_always_within_its_bounds(
     fleet: list[Any], scaling: dict[str, int], replicas: int, before: int, ago: int
@@ -246,6 +248,7 @@ def test_the_number_is_always_within_its_bounds(
         assert number >= min(replicas, scaling["maxReplicas"]), "nothing goes while something is not known"
 
 
+@on_any_machine
 @given(st.lists(loads, min_size=1, max_size=4), st.data(), scalings)
 def test_more_load_never_asks_for_fewer(
     fleet: list[Any], data: st.DataObject, scaling: dict[str, int]
@@ -300,8 +303,9 @@ class World:
         if (scale := autoscale.plan(observed)) is not None:
             self.replicas = scale.replicas
             self.changes.append(scale.replicas)
-        after = status.compute(observed, [], {})
-        after = {key: after[key] for key in ("autoscaling",) if key in after}
+        state = autoscale.state(observed)
+        assert state is not None
+        after = {"autoscaling": state.model_dump(mode="json", by_alias=True, exclude_none=True)}
         if not killed and (told or status.urgent(after, self.status)):
             self.status = after
 
@@ -315,6 +319,7 @@ class World:
 sizes = st.integers(1, BLOCKS)
 
 
+@on_any_machine
 @given(st.data(), scalings, st.integers(0, 60), sizes)
 def test_a_constant_load_changes_the_number_once_at_most(
     data: st.DataObject, scaling: dict[str, int], requests: int, size: int
@@ -333,6 +338,7 @@ def test_a_constant_load_changes_the_number_once_at_most(
     assert len(world.changes) <= 1, world.changes
 
 
+@on_any_machine
 @given(st.data(), scalings, sizes)
 def test_nothing_goes_that_was_wanted_within_the_delay(
     data: st.DataObject, scaling: dict[str, int], size: int
