@@ -76,8 +76,8 @@ class Mirror(Generic[Value]):
         known = (
             max(self._settled.get(None, 0), self._settled.get(key[0], 0)) if entry is None else entry.version
         )
-        # The answer to a deletion that was carried out at once shows the object as it was, but has the version
-        # of the deletion: of two tellings with one version, the deletion is the later one.
+        # The answer to a deletion that was carried out at once shows the object as it was, but has the
+        # version of the deletion: of two tellings with one version, the deletion is the later one.
         if version < known or (version == known and raw is not None):
             return
         before, after = None if entry is None else entry.value, None if raw is None else self._parse(raw)
