@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import subprocess
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,11 +58,15 @@ class Cluster:
 
     def run(self, work: Coroutine[Any, Any, T], limit: float = LIMIT) -> T:
         """The result of a coroutine, in the cluster's event loop."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.start(work)
         try:
             return future.result(limit)
         finally:
             future.cancel()  # where it took too long
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """A coroutine that goes on in the cluster's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def nodes(self) -> NodeStandIn:
         """The node stand-in, started with the first call. ApiError where this API server cannot have one."""
@@ -144,6 +149,16 @@ class Cluster:
         found = self.endpoints(service, namespace)
         assert len(found) == count, f"{namespace}/{service} has {found}, not {count} ready endpoints"
         return found
+
+    @contextlib.contextmanager
+    def namespace(self) -> Iterator[str]:
+        """A namespace with what controllers put into a new one; it is deleted afterwards."""
+        made = self.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
+        name = str(made["metadata"]["name"])
+        self.wait("ServiceAccount", "default", name, bool)
+        self.wait("ConfigMap", "kube-root-ca.crt", name, bool)
+        yield name
+        self.delete("Namespace", name)
 
     def evict(self, pod: str, namespace: str) -> bool:
         """Whether the eviction went through; False if a PodDisruptionBudget forbids it now."""

@@ -88,13 +88,9 @@ def nodes(cluster: Cluster) -> NodeStandIn:
 
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace for one test, with what controllers put into a new one; it is deleted after the test."""
-    made = cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
-    name = str(made["metadata"]["name"])
-    cluster.wait("ServiceAccount", "default", name, bool)
-    cluster.wait("ConfigMap", "kube-root-ca.crt", name, bool)
-    yield name
-    cluster.delete("Namespace", name)
+    """A namespace for one test."""
+    with cluster.namespace() as name:
+        yield name
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -10,9 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,28 @@ class OperatorProcess:
                 self.kill()
 
 
+StartOperator = Callable[..., OperatorProcess]
+
+
+@contextlib.contextmanager
+def operators(cluster: Cluster, namespace: str, account: Path, folder: Path) -> Iterator[StartOperator]:
+    """Operators of a namespace, as many as are started; they end after its services, and in good order."""
+    started: list[OperatorProcess] = []
+
+    def start(*, wait: bool = True, **settings: str) -> OperatorProcess:
+        started.append(OperatorProcess(account, namespace, folder, wait=wait, **settings))
+        return started[-1]
+
+    yield start
+    for service in cluster.items("LLMService", namespace):
+        cluster.patch("LLMService", service["metadata"]["name"], namespace, {"metadata": {"finalizers": []}})
+        cluster.delete("LLMService", service["metadata"]["name"], namespace)
+    codes = [operator.stop() for operator in started]
+    tracebacks = [operator.text() for operator in started if "Traceback" in operator.text()]
+    assert not tracebacks, tracebacks[0]
+    assert set(codes) <= {0, -signal.SIGKILL}, codes
+
+
 def prepare(cluster: Cluster, nodes: NodeStandIn) -> None:
     """The custom resources, and how the nodes run our image with this machine's models."""
     for name in ("llmservices", "kvmoves"):
@@ -184,15 +208,46 @@ class Service:
     def wait(self, holds: Callable[[Raw | None], bool], limit: float = STARTING) -> Raw:
         return self.cluster.wait("LLMService", self.name, self.namespace, holds, limit=limit)
 
+    def wait_until_gone(self, limit: float = STARTING) -> None:
+        """It, and all that belonged to it."""
+        self.wait(lambda found: found is None, limit)
+        for kind in ("Pod", "Service", "Deployment", "PodDisruptionBudget", "NetworkPolicy", "Secret"):
+            label = f"serving.blockyard.dev/service={self.name}"
+            for child in self.cluster.items(kind, self.namespace, labels=label):
+                name = child["metadata"]["name"]
+                self.cluster.wait(kind, name, self.namespace, lambda found: found is None)
+
     def patch(self, **spec: Any) -> None:
         self.cluster.patch("LLMService", self.name, self.namespace, {"spec": spec})
 
-    def pods(self) -> list[Raw]:
-        return self.cluster.items("Pod", self.namespace, labels=f"serving.blockyard.dev/service={self.name}")
+    def pods(self, component: str = "agent") -> list[Raw]:
+        labels = f"serving.blockyard.dev/service={self.name},app.kubernetes.io/component={component}"
+        return self.cluster.items("Pod", self.namespace, labels=labels)
+
+    def shown(self) -> str:
+        """What ``blockyard status`` prints of its namespace."""
+        return subprocess.run(
+            [sys.executable, "-m", "blockyard.cli", "status", "--namespace", self.namespace],
+            env={**os.environ, "KUBECONFIG": str(self.cluster.kubeconfig), "COLUMNS": "160"},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
 
     def token(self) -> str:
         data = self.cluster.get("Secret", f"{self.name}-internal", self.namespace)["data"]
         return base64.b64decode(data["token"]).decode()
+
+    def wait_for_report(self, pod: Raw, holds: Callable[[Raw], bool], limit: float = STARTING) -> Raw:
+        """The first report of this pod's agent for which ``holds``."""
+        until, query = time.monotonic() + limit, ""
+        while time.monotonic() < until:
+            report: Raw = json.loads(self._call(pod, f"/status{query}"))
+            if holds(report):
+                return report
+            query = f"?since={report['version']}&incarnation={report['incarnation']}&wait=20"
+        raise AssertionError(f"no such report of {pod['metadata']['name']} within {limit:g} s: {report}")
 
     def chat(self, pod: Raw, text: str, tokens: int = 8) -> str:
         """What the agent of this pod answers."""
@@ -202,10 +257,14 @@ class Service:
             "max_tokens": tokens,
             "temperature": 0,
         }
+        answer = json.loads(self._call(pod, "/v1/chat/completions", body))
+        return str(answer["choices"][0]["message"]["content"])
+
+    def _call(self, pod: Raw, path: str, body: Raw | None = None) -> bytes:
         request = urllib.request.Request(
-            f"http://{pod['status']['podIP']}:8000/v1/chat/completions",
-            json.dumps(body).encode(),
+            f"http://{pod['status']['podIP']}:8000{path}",
+            None if body is None else json.dumps(body).encode(),
             {"Content-Type": "application/json", "Authorization": f"Bearer {self.token()}"},
         )
         with urllib.request.urlopen(request, timeout=120) as response:
-            return str(json.load(response)["choices"][0]["message"]["content"])
+            return bytes(response.read())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,10 +67,11 @@ def _requests(log: Path, user: str) -> Iterator[tuple[dict[str, Any], Right]]:
             yield event, Right(target.get("apiGroup", ""), resource, event["verb"])
 
 
+@contextlib.contextmanager
 def operators_account(cluster: Cluster, namespace: str) -> Iterator[Path]:
     """A kubeconfig of the ServiceAccount that the chart makes for an operator of this namespace alone.
 
-    Afterwards nothing may have been refused to it. As a fixture: ``yield from operators_account(...)``.
+    Afterwards nothing may have been refused to it.
     """
     templates = [f"--show-only=templates/{name}.yaml" for name in ("serviceaccount", "rbac", "lease")]
     values = f"--set=namespaces={{{namespace}}},fullnameOverride={LEASE}"
