@@ -254,7 +254,9 @@ def _trouble(pod: Pod) -> str:
         return "its status cannot be read"
     if leaving(pod) and pod.drain_reason:
         return f"leaves: {pod.drain_reason}"
-    return f"was restarted {pod.restarts} times" if pod.restarts else ""
+    if pod.restarts:
+        return "was restarted once" if pod.restarts == 1 else f"was restarted {pod.restarts} times"
+    return ""
 
 
 def _decisions(

@@ -1,20 +1,22 @@
 """LLMServices as a person wants to see them in a terminal: for ``blockyard status``, ``top`` and ``up``.
 
 Shows what the API server stores (or the local runtime writes) and nothing else, so that it is what every
-other tool sees.
+other tool sees. It is to be read at 80 columns: what may be long is last in its row and wraps under itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-BAR = 24  # characters
+BAR = 16  # characters
 STATES = {"Ready": "green", "Draining": "yellow", "Starting": "cyan", "Pending": "cyan", "Failed": "red"}
+NUMBERS = ("RUN", "WAIT", "USED", "CACHED", "HITS")
+OTHERS = ("NODE", "FROM", "TO")
 QUIET_IF_FALSE = ("Degraded", "Progressing")
 Raw = Mapping[str, Any]
 
@@ -35,44 +37,64 @@ def _service(raw: Raw, moves: Sequence[Raw]) -> list[RenderableType]:
     metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     head = Text(f"{metadata.get('namespace', '')}/{metadata['name']}", style="bold")
     head.append(f"  {status.get('readyReplicas', 0)} of {spec.get('replicas', 1)} ready", style="")
-    head.append(f"  {status.get('url', '')}", style="dim")
     if metadata.get("generation", 0) > status.get("observedGeneration", 0):
         head.append("  (not yet seen by the operator)", style="yellow")
-    parts: list[RenderableType] = [head, *map(_condition, status.get("conditions") or ())]
+    head.append(f"  {status.get('url', '')}", style="dim")
+    facts = [_condition(each) for each in status.get("conditions") or ()]
     if scaling := status.get("autoscaling"):
-        parts.append(_autoscaling(scaling, spec.get("autoscaling") or {}))
-    parts += [
-        Text.assemble(f"  {tier:6} ", _bar(pool), _numbers(pool))
+        facts.append(_autoscaling(scaling, spec.get("autoscaling") or {}))
+    pools = [
+        (f"  {tier}", _bar(pool), _numbers(pool))
         for tier, pool in (status.get("pool") or {}).items()
         if pool.get("total")
     ]
-    agents = status.get("agents") or []
-    if agents:
-        parts.append(_agents(agents))
+    parts: list[RenderableType] = [head, _rows(facts), _rows(pools)]
+    if agents := status.get("agents"):
+        parts += [_agents(agents), _messages((each["name"], each) for each in agents)]
     if moves:
-        parts.append(_moves(moves))
-    for decision in (status.get("decisions") or [])[:5]:
-        what = f"{decision['action']} {decision['agent']}".rstrip()
-        line = f"  {decision['time'][11:19]}  {what}: {decision['reason']}"
-        parts.append(Text(f"{line}, {decision['message']}" if decision.get("message") else line, style="dim"))
+        told = ((each["metadata"]["name"], each.get("status") or {}) for each in moves)
+        parts += [_moves(moves), _messages(told)]
+    parts.append(_rows(_decision(each) for each in (status.get("decisions") or [])[:5]))
     return parts
 
 
-def _condition(condition: Raw) -> Text:
+def _rows(rows: Iterable[Sequence[str | Text]]) -> RenderableType:
+    """Rows of equal length. The last cell of each has the room that is left."""
+    table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    return table if table.rows else Group()
+
+
+def _messages(named: Iterable[tuple[str, Raw]]) -> RenderableType:
+    return _rows(
+        (f"  {name}", Text(each["message"], style="dim")) for name, each in named if each.get("message")
+    )
+
+
+def _condition(condition: Raw) -> tuple[Text, str, Text]:
     good = condition["status"] == ("False" if condition["type"] in QUIET_IF_FALSE else "True")
-    line = Text(f"  {condition['type']:12}", style="green" if good else "yellow")
-    line.append(f"{condition['status']:8}{condition['reason']}", style="")
+    words = Text(condition["reason"])
     if condition.get("message"):
-        line.append(f": {condition['message']}", style="" if not good else "dim")
-    return line
+        words.append(f": {condition['message']}", style="dim" if good else "")
+    return Text(f"  {condition['type']}", style="green" if good else "yellow"), condition["status"], words
 
 
-def _autoscaling(scaling: Raw, spec: Raw) -> Text:
+def _autoscaling(scaling: Raw, spec: Raw) -> tuple[Text, str, Text]:
     bounds = f"{spec.get('minReplicas', 1)} to {spec.get('maxReplicas', '?')} agents"
-    line = Text(f"  {'Autoscaling':12}{bounds}, {scaling['wanted']} wanted: {scaling['reason']}")
+    words = Text(f"{bounds}, {scaling['wanted']} wanted: {scaling['reason']}")
     if since := scaling.get("since"):
-        line.append(f"; so few are enough since {since[11:19]}", style="dim")
-    return line
+        words.append(f"; so few are enough since {since[11:19]}", style="dim")
+    return Text("  Autoscaling"), "", words
+
+
+def _decision(decision: Raw) -> tuple[Text, Text]:
+    words = f"{decision['action']} {decision['agent']}".rstrip() + f": {decision['reason']}"
+    if decision.get("message"):
+        words += f", {decision['message']}"
+    return Text(f"  {decision['time'][11:19]}", style="dim"), Text(words, style="dim")
 
 
 def _bar(pool: Raw) -> Text:
@@ -87,42 +109,37 @@ def _bar(pool: Raw) -> Text:
 
 def _numbers(pool: Raw) -> str:
     counts = ", ".join(f"{pool.get(state, 0)} {state}" for state in ("active", "cached", "free"))
-    return f" {pool.get('total', 0)} blocks ({pool.get('size', '?')}): {counts}"
+    return f"{pool.get('size', '?')}: {counts} blocks"
+
+
+def _table(*columns: str) -> Table:
+    """One line a row. Where it would be too long, names of other objects lose their ends."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for column in columns:
+        side: JustifyMethod = "right" if column in NUMBERS else "left"
+        table.add_column(column, justify=side, no_wrap=column not in OTHERS, overflow="ellipsis")
+    return table
 
 
 def _agents(agents: Sequence[Raw]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("  AGENT", no_wrap=True)
-    table.add_column("STATE")
-    for column in ("RUNNING", "WAITING", "USED", "CACHED", "HITS"):
-        table.add_column(column, justify="right")
-    table.add_column("NODE", style="dim")
-    table.add_column("", style="dim", overflow="fold")
+    table = _table("  AGENT", "STATE", *NUMBERS, "NODE")
     for agent in agents:
         table.add_row(
             f"  {agent['name']}",
             Text(agent.get("state", ""), style=STATES.get(agent.get("state", ""), "")),
             *(str(agent.get(key, 0)) for key in ("running", "waiting")),
             *(f"{agent.get(key, 0)}%" for key in ("usedPercent", "cachedPercent", "hitPercent")),
-            agent.get("node", ""),
-            agent.get("message", ""),
+            Text(agent.get("node", ""), style="dim"),
         )
     return table
 
 
 def _moves(moves: Sequence[Raw]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("  MOVE", "KIND", "FROM", "TO", "PHASE", ""):
-        table.add_column(column)
+    table = _table("  MOVE", "KIND", "FROM", "TO", "PHASE")
     for move in moves:
         spec, status = move["spec"], move.get("status") or {}
-        phase, message = status.get("phase", ""), status.get("message", "")
         table.add_row(
             f"  {move['metadata']['name']}",
-            spec["kind"],
-            spec["from"],
-            spec.get("to", ""),
-            phase,
-            message,
+            *(spec["kind"], spec["from"], spec.get("to", ""), status.get("phase", "")),
         )
     return table

@@ -306,3 +306,43 @@ def test_the_view_shows_what_a_person_needs() -> None:
         "10:11:12  Drain tiny-abcde: ScaleIn, idlest",
     ):
         assert shown in text, f"{shown} is missing in\n{text}"
+
+
+def test_the_view_can_be_read_at_80_columns() -> None:
+    """Names of agents, states and numbers are whole, and what is long wraps under itself."""
+    words = "0/12 nodes are available: 12 Insufficient nvidia.com/gpu, 12 node(s) had a volume elsewhere"
+    used = {"running": 12, "waiting": 130, "usedPercent": 100, "cachedPercent": 31, "hitPercent": 48}
+    agents = [
+        {"name": "smollm-7tt8b", "state": "Ready", "node": "ip-10-0-12-34.ec2.internal", **used},
+        {"name": "smollm-kq9zs", "state": "Pending", "node": "", "message": words},
+        {"name": "smollm-x2b4w", "state": "Terminating", "node": "ip-10-0-112-134.ec2.internal", **used},
+    ]
+    agents[0]["message"] = "was restarted once"
+    condition = {"type": "Ready", "status": "False", "reason": "Unschedulable", "message": words}
+    decision = {"action": "Create", "agent": "smollm-kq9zs", "reason": "ScaleOut", "message": words}
+    tier = {"total": 17475, "free": 11000, "cached": 5475, "active": 1000, "size": "24Gi"}
+    status = {
+        "conditions": [condition],
+        "pool": {"device": tier},
+        "agents": agents,
+        "decisions": [{"time": "2026-01-01T10:11:12Z", **decision}],
+    }
+    raw = {"metadata": {"name": "smollm", "namespace": "prod"}, "spec": {"replicas": 3}, "status": status}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(overview([raw]))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert lines == [
+        "prod/smollm  0 of 3 ready",
+        "  Ready  False  Unschedulable: 0/12 nodes are available: 12 Insufficient",
+        "                nvidia.com/gpu, 12 node(s) had a volume elsewhere",
+        "  device  █▒▒▒▒▒▒·········  24Gi: 1000 active, 5475 cached, 11000 free blocks",
+        "  AGENT         STATE        RUN  WAIT  USED  CACHED  HITS  NODE",
+        "  smollm-7tt8b  Ready         12   130  100%     31%   48%  ip-10-0-12-34.ec2.i…",
+        "  smollm-kq9zs  Pending        0     0    0%      0%    0%",
+        "  smollm-x2b4w  Terminating   12   130  100%     31%   48%  ip-10-0-112-134.ec2…",
+        "  smollm-7tt8b  was restarted once",
+        "  smollm-kq9zs  0/12 nodes are available: 12 Insufficient nvidia.com/gpu, 12",
+        "                node(s) had a volume elsewhere",
+        "  10:11:12  Create smollm-kq9zs: ScaleOut, 0/12 nodes are available: 12",
+        "            Insufficient nvidia.com/gpu, 12 node(s) had a volume elsewhere",
+    ]

@@ -257,6 +257,14 @@ def test_a_spec_that_cannot_be_read_leaves_what_was_known() -> None:
     assert found["readyReplicas"] == 1
 
 
+@pytest.mark.parametrize(
+    ("restarts", "words"), [(0, ""), (1, "was restarted once"), (2, "was restarted 2 times")]
+)
+def test_restarts_are_told_in_words(restarts: int, words: str) -> None:
+    (line,) = status.compute(seen(agent("a", restarts=restarts)), [], {})["agents"]
+    assert line["message"] == words
+
+
 # ── Decisions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
