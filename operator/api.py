@@ -121,17 +121,25 @@ class HubModel(Resource):
             max_length=253,
             pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
         ),
-    ] = Field(description="Hub name owner/name, or a packaged name such as SmolLM2-135M-Instruct.")
+    ] = Field(
+        description="Name on the Hugging Face hub, owner/name, or that of a packaged model such as "
+        "SmolLM2-135M-Instruct."
+    )
     secret_name: Name | None = Field(
-        default=None, description="Secret with the key token, which is sent to the hub."
+        default=None,
+        description="Secret whose key token holds an access token of the hub, for models that ask for one.",
     )
 
 
 class ClaimModel(_InFolder):
     """A model on a PersistentVolumeClaim, which is mounted read-only."""
 
-    claim_name: Name = Field(description="PersistentVolumeClaim in the same namespace.")
-    path: str = Field(default="", max_length=512, description="Folder or .gguf file inside the claim.")
+    claim_name: Name = Field(description="The PersistentVolumeClaim, in the same namespace.")
+    path: str = Field(
+        default="",
+        max_length=512,
+        description="Folder or .gguf file inside the claim; all of the claim if empty.",
+    )
 
 
 class HostPathModel(Resource):
@@ -147,7 +155,11 @@ class ImageModel(_InFolder):
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         default="IfNotPresent", description="When the image is pulled."
     )
-    path: str = Field(default="", max_length=512, description="Folder or .gguf file inside the image.")
+    path: str = Field(
+        default="",
+        max_length=512,
+        description="Folder or .gguf file inside the image; all of the image if empty.",
+    )
 
 
 class ModelSpec(Resource):
@@ -172,7 +184,8 @@ class ModelSpec(Resource):
     )
 
     hub: HubModel | None = Field(
-        default=None, description="Fetched by each agent; kept on the node if cacheHostPath is set."
+        default=None,
+        description="A model that each agent fetches from a hub; kept on the node if cacheHostPath is set.",
     )
     persistent_volume_claim: ClaimModel | None = None
     host_path: HostPathModel | None = None
@@ -191,7 +204,7 @@ class ModelSpec(Resource):
         default=None,
         ge=1,
         le=4096,
-        description="Attention heads, if known: lets tensorParallel be checked at admission.",
+        description="Attention heads of the model, if known: lets tensorParallel be checked at once.",
     )
 
 
@@ -199,22 +212,37 @@ class EngineSpec(Resource):
     """How each agent computes."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="Of weights and KV; auto is float32 on CPUs and the model's own on GPUs."
+        default="auto",
+        description="Type of weights and KV; auto is float32 on CPUs and the model's own on GPUs.",
     )
     max_model_len: int | None = Field(
-        default=None, ge=1, le=_INT32, description="Longest prompt and answer together, in tokens."
+        default=None,
+        ge=1,
+        le=_INT32,
+        description="Longest prompt and answer together, in tokens; the model's own limit if unset.",
     )
     max_sequences: int | None = Field(
-        default=None, ge=1, le=4096, description="Sequences decoded at once by one agent."
+        default=None,
+        ge=1,
+        le=4096,
+        description="Sequences that one agent decodes at once; 64 on CPUs and 256 on GPUs if unset.",
     )
     max_batch_tokens: int | None = Field(
-        default=None, ge=1, le=_INT32, description="Tokens of one step, prefill and decode together."
+        default=None,
+        ge=1,
+        le=_INT32,
+        description="Tokens of one step, prefill and decode together; 256 on CPUs and 2048 on GPUs if unset.",
     )
     max_queue: int = Field(
-        default=256, ge=0, le=100_000, description="Requests that wait in one agent; more get a 429."
+        default=256,
+        ge=0,
+        le=100_000,
+        description="Requests that may wait in one agent; more are answered with status 429.",
     )
-    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of one agent.")
-    cuda_graphs: bool = Field(default=True, description="Replay decode steps as CUDA graphs.")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of one agent; all cores if unset."
+    )
+    cuda_graphs: bool = Field(default=True, description="Whether GPUs replay decode steps as CUDA graphs.")
 
 
 class KVSpec(Resource):
@@ -239,30 +267,43 @@ class KVSpec(Resource):
         default=16, description="Tokens in a KV block. Only blocks of equal size can move between agents."
     )
     memory_percent: int = Field(
-        default=90, ge=1, le=100, description="Share of the device's memory to use when the pool is measured."
+        default=90,
+        ge=1,
+        le=100,
+        description="Percentage of the device's memory to use when the pool's size is measured.",
     )
     memory: Quantity | None = Field(
-        default=None, description="Size of the pool, such as 20Gi; measured if neither this nor blocks."
+        default=None,
+        description="Size of the pool, such as 20Gi; measured if neither this nor blocks is set.",
     )
     blocks: int | None = Field(
-        default=None, ge=1, le=_INT32, description="Blocks of the pool; measured if neither this nor memory."
+        default=None,
+        ge=1,
+        le=_INT32,
+        description="Blocks of the pool; measured if neither this nor memory is set.",
     )
     host_blocks: int = Field(
         default=0, ge=0, le=_INT32, description="Blocks in host memory, for preemption by swap."
     )
     prefix_cache: bool = Field(
-        default=True, description="Keep finished blocks and reuse equal beginnings of prompts."
+        default=True,
+        description="Whether blocks are kept for later prompts that begin in the same way.",
     )
     preemption: Literal["Recompute", "Swap"] = Field(
-        default="Recompute", description="What happens to the KV of a request when the pool is full."
+        default="Recompute",
+        description="How a request that had to leave a full pool gets its KV back: by computing it again, "
+        "or from host memory.",
     )
     watermark_percent: int = Field(
-        default=1, ge=0, le=99, description="Share of the pool kept free when requests are admitted."
+        default=1,
+        ge=0,
+        le=99,
+        description="Percentage of the pool that stays free when requests are admitted.",
     )
 
 
 class BalanceSpec(Resource):
-    """When KV moves between agents."""
+    """When agents are out of balance, and what is done then; this version moves nothing yet."""
 
     RULES = (
         Rule(
@@ -278,12 +319,14 @@ class BalanceSpec(Resource):
         description="Auto carries moves out, Advise proposes them and waits for approval, Off proposes none.",
     )
     low_watermark_percent: Percent = Field(
-        default=50, description="An agent with less of its pool in use has blocks to spare."
+        default=50, description="An agent that uses a smaller percentage of its blocks has some to spare."
     )
     high_watermark_percent: Percent = Field(
-        default=85, description="An agent with more of its pool in use is short of blocks."
+        default=85, description="An agent that uses a larger percentage of its blocks is short of them."
     )
-    max_concurrent_moves: int = Field(default=2, ge=0, le=64, description="Moves that run at once.")
+    max_concurrent_moves: int = Field(
+        default=2, ge=0, le=64, description="Moves of this service that may run at once."
+    )
 
 
 class DrainSpec(Resource):
@@ -293,7 +336,7 @@ class DrainSpec(Resource):
         default=300,
         ge=0,
         le=86400,
-        description="Running requests get so long to end before they are replayed by another agent.",
+        description="How long running requests may take to end; those left are replayed by another agent.",
     )
 
 
@@ -309,12 +352,15 @@ class RolloutSpec(Resource):
         ),
     )
 
-    max_surge: int = Field(default=1, ge=0, le=100, description="Agents beyond replicas meanwhile.")
+    max_surge: int = Field(
+        default=1, ge=0, le=100, description="How many agents there may be beyond replicas during a rollout."
+    )
     max_unavailable: int = Field(
         default=0,
         ge=0,
         le=1000,
-        description="Agents fewer than replicas that may serve meanwhile: for clusters without a spare GPU.",
+        description="How many agents fewer than replicas may serve during a rollout; 1 where there is no "
+        "spare GPU.",
     )
 
 
@@ -333,19 +379,19 @@ class AutoscalingSpec(Resource):
         ),
     )
 
-    min_replicas: int = Field(default=1, ge=1, le=1000, description="Agents at least.")
-    max_replicas: int = Field(ge=1, le=1000, description="Agents at most.")
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="The smallest number of agents.")
+    max_replicas: int = Field(ge=1, le=1000, description="The largest number of agents.")
     target_used_percent: int = Field(
         default=70,
         ge=1,
         le=100,
-        description="Share of all device blocks, and of all sequence slots, that should be in use.",
+        description="Percentage of all device blocks, and of all sequence slots, that should be in use.",
     )
     scale_in_delay_seconds: int = Field(
         default=300,
         ge=0,
         le=86400,
-        description="Fewer agents must be enough for so long, without interruption, before agents go.",
+        description="How long fewer agents must be enough, without interruption, before agents go.",
     )
 
 
@@ -353,9 +399,11 @@ class LimitsSpec(Resource):
     """What one tenant may ask of one gateway pod."""
 
     requests_per_minute: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="No limit if unset."
+        default=None, ge=1, le=1_000_000, description="Requests that begin in a minute; no limit if unset."
     )
-    concurrent_requests: int | None = Field(default=None, ge=1, le=100_000, description="No limit if unset.")
+    concurrent_requests: int | None = Field(
+        default=None, ge=1, le=100_000, description="Requests that are open at once; no limit if unset."
+    )
 
 
 class Metadata(Resource):
@@ -372,9 +420,9 @@ class PodTemplate(Resource):
     spec: dict[str, Any] = Field(
         default_factory=dict,
         description=(
-            "Part of a PodSpec: nodeSelector, tolerations, priorityClassName, imagePullSecrets, volumes, "
-            "containers with the name agent (or gateway) and resources, env, volumeMounts, ... Lists are "
-            "merged by name; a list entry with $patch: delete goes away."
+            "Part of a PodSpec: nodeSelector, tolerations, priorityClassName, imagePullSecrets, volumes, or "
+            "containers with the name agent (or gateway) and its resources, env, volumeMounts and so on. "
+            "Lists are merged by name; a list entry with $patch: delete goes away."
         ),
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
@@ -387,15 +435,17 @@ class GatewaySpec(Resource):
         default=1,
         ge=0,
         le=100,
-        description="Pods of the gateway. 0: none; the Service leads to the agents, and clients authenticate "
-        "with the token in Secret NAME-internal.",
+        description="Pods of the gateway. With 0 the Service leads straight to the agents, and clients "
+        "authenticate with the token in Secret NAME-internal.",
     )
     service_type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
         default="ClusterIP", description="Type of the Service that clients use."
     )
     port: int = Field(default=80, ge=1, le=65535, description="Port of the Service that clients use.")
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
-    template: PodTemplate | None = Field(default=None, description="Merged into the gateway's pods.")
+    template: PodTemplate | None = Field(
+        default=None, description="Merged into the gateway's pods, strategically as kubectl patch does."
+    )
 
 
 class AuthSpec(Resource):
@@ -407,15 +457,16 @@ class AuthSpec(Resource):
 
 
 class MonitoringSpec(Resource):
-    """What is made for monitoring."""
+    """What is made for monitoring besides the metrics, which are always there."""
 
     service_monitor: bool = Field(
-        default=False, description="Make a ServiceMonitor; needs the Prometheus operator's CRDs."
+        default=False,
+        description="Whether a ServiceMonitor is made; it needs the Prometheus operator's CRDs.",
     )
 
 
 class LLMServiceSpec(Resource):
-    """An LLM served by a number of equal agents."""
+    """What is wanted: a model, and the agents and the gateway that serve it."""
 
     RULES = (
         Rule(
@@ -443,13 +494,17 @@ class LLMServiceSpec(Resource):
         default=1,
         ge=0,
         le=1000,
-        description="Agents. kubectl scale and autoscalers set it; with autoscaling leave it out.",
+        description="How many agents there should be. kubectl scale and autoscalers set it; leave it out "
+        "with autoscaling.",
     )
     autoscaling: AutoscalingSpec | None = Field(
-        default=None, description="Lets the operator set replicas; 0 replicas stay 0."
+        default=None, description="Lets the operator set replicas by load; 0 replicas stay 0."
     )
     tensor_parallel: int = Field(
-        default=1, ge=1, le=64, description="GPUs of one agent, which share the model."
+        default=1,
+        ge=1,
+        le=64,
+        description="GPUs of one agent, which share the model; processes on device cpu.",
     )
     device: Literal["cuda", "cpu"] = Field(
         default="cuda",
@@ -460,7 +515,7 @@ class LLMServiceSpec(Resource):
         default="nvidia.com/gpu",
         max_length=253,
         pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9._]*[A-Za-z0-9])?$",
-        description="Extended resource of one GPU; nvidia.com/mig-1g.10gb for a slice of one.",
+        description="What a pod asks its node for to get one GPU; nvidia.com/mig-1g.10gb for a slice of one.",
     )
     image: str | None = Field(
         default=None,
@@ -476,7 +531,9 @@ class LLMServiceSpec(Resource):
     gateway: GatewaySpec = Field(default_factory=GatewaySpec)
     auth: AuthSpec | None = Field(default=None, description="API keys; without it the gateway asks for none.")
     monitoring: MonitoringSpec = Field(default_factory=MonitoringSpec)
-    template: PodTemplate | None = Field(default=None, description="Merged into the agents' pods.")
+    template: PodTemplate | None = Field(
+        default=None, description="Merged into the agents' pods, strategically as kubectl patch does."
+    )
 
 
 # ── LLMService: what is there ─────────────────────────────────────────────────────────────────────────────
@@ -501,45 +558,51 @@ class Condition(Resource):
 
 
 class TierPool(Resource):
-    """Blocks of one tier over all agents; free + cached + active is total."""
+    """Blocks of one tier, over all agents; free, cached and active add up to total."""
 
-    total: int = Field(default=0, description="Blocks there are.")
+    total: int = Field(default=0, description="All blocks of the tier.")
     free: int = Field(default=0, description="Blocks that hold nothing.")
-    cached: int = Field(default=0, description="Blocks that hold a cached prefix and can be taken any time.")
+    cached: int = Field(
+        default=0, description="Blocks that hold a cached prefix and can be taken at any time."
+    )
     active: int = Field(default=0, description="Blocks that running requests hold.")
-    size: str = Field(default="0", max_length=32, description="Bytes of all blocks, as a quantity.")
+    size: str = Field(default="0", max_length=32, description="Memory of all blocks, as a quantity.")
 
 
 class PoolStatus(Resource):
     """The block pools of all agents together."""
 
-    device: TierPool = Field(default_factory=TierPool)
-    host: TierPool = Field(default_factory=TierPool)
+    device: TierPool = Field(
+        default_factory=TierPool, description="Blocks in the memory of the device that computes."
+    )
+    host: TierPool = Field(default_factory=TierPool, description="Blocks in host memory; see kv.hostBlocks.")
 
 
 class AgentLine(Resource):
     """One agent in a line."""
 
     name: str = Field(max_length=253, description="The agent, by the name of its pod.")
-    node: str = Field(default="", max_length=253, description="Where the pod is.")
+    node: str = Field(default="", max_length=253, description="The node that its pod is on.")
     state: str = Field(
         default="Unknown",
         max_length=32,
         description="Pending, Starting, Ready, Draining, Drained, Failed, Terminating or Unknown.",
     )
     revision: str = Field(
-        default="", max_length=63, description="What it was made from; see status.revision."
+        default="", max_length=63, description="What it was made from; status.revision is the newest."
     )
-    running: int = Field(default=0, description="Requests being decoded.")
-    waiting: int = Field(default=0, description="Requests queued or preempted.")
-    used_percent: int = Field(default=0, description="Share of its device blocks that are active.")
+    running: int = Field(default=0, description="Requests that it works on.")
+    waiting: int = Field(default=0, description="Requests that are queued or preempted.")
+    used_percent: int = Field(default=0, description="Percentage of its device blocks that are active.")
     cached_percent: int = Field(
-        default=0, description="Share of its device blocks that hold cached prefixes."
+        default=0, description="Percentage of its device blocks that hold cached prefixes."
     )
     hit_percent: int = Field(
-        default=0, description="Share of looked-up prompt tokens found in the prefix cache."
+        default=0, description="Percentage of prompt tokens that were found in its prefix cache."
     )
-    message: str = Field(default="", max_length=1024, description="What is wrong with it.")
+    message: str = Field(
+        default="", max_length=1024, description="What is wrong with it, or why it leaves; mostly empty."
+    )
 
 
 class Decision(Resource):
@@ -548,7 +611,8 @@ class Decision(Resource):
     time: str = Field(json_schema_extra={"format": "date-time"}, description="When it was carried out.")
     action: str = Field(max_length=32, description="Create, Drain, Delete or Scale.")
     agent: str = Field(
-        max_length=253, description="The agent, by the name of its pod; empty if it is about all."
+        max_length=253,
+        description="The agent, by the name of its pod; empty for a decision about all of them.",
     )
     reason: str = Field(max_length=64, description="Why, as one CamelCase word.")
     message: str = Field(default="", max_length=1024, description="Why, for a person.")
@@ -557,7 +621,10 @@ class Decision(Resource):
 class AutoscalingStatus(Resource):
     """What the load asks for."""
 
-    wanted: int = Field(description="Agents that are wanted; the most of them since the time in since.")
+    wanted: int = Field(
+        description="How many agents the load asks for; while since is set, the most it has asked for "
+        "from then on."
+    )
     reason: str = Field(max_length=64, description="What asks for so many, as one CamelCase word.")
     since: str | None = Field(
         default=None,
@@ -567,30 +634,37 @@ class AutoscalingStatus(Resource):
 
 
 class LLMServiceStatus(Resource):
-    """What the operator sees."""
+    """What the operator sees; it alone writes this."""
 
     observed_generation: int = Field(default=0, description="The generation that all this was computed from.")
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Ready, Progressing, Degraded and Balanced, with reasons.",
+        description="Ready, Progressing, Degraded and Balanced, each with its reason.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     replicas: int = Field(default=0, description="Agents that exist and are not on their way out.")
-    ready_replicas: int = Field(default=0, description="Those of them that take requests.")
-    updated_replicas: int = Field(default=0, description="Those of them of the newest revision.")
+    ready_replicas: int = Field(default=0, description="Agents that take requests, of those in replicas.")
+    updated_replicas: int = Field(
+        default=0, description="Agents of the newest revision, of those in replicas."
+    )
     ready_gateways: int = Field(default=0, description="Gateway pods that take requests.")
     selector: str = Field(
         default="", max_length=512, description="Label selector of the agents, for autoscalers."
     )
-    revision: str = Field(default="", max_length=63, description="Digest of what makes agents alike.")
+    revision: str = Field(
+        default="",
+        max_length=63,
+        description="Digest of all that agents are made from; when it changes, they are replaced.",
+    )
     url: str = Field(default="", max_length=512, description="Where clients in the cluster send requests.")
-    running: int = Field(default=0, description="Requests being decoded by all agents.")
-    waiting: int = Field(default=0, description="Requests queued or preempted in all agents.")
-    used_percent: int = Field(default=0, description="Share of all device blocks that are active.")
+    running: int = Field(default=0, description="Requests that all agents work on.")
+    waiting: int = Field(default=0, description="Requests that are queued or preempted in all agents.")
+    used_percent: int = Field(default=0, description="Percentage of all device blocks that are active.")
     pool: PoolStatus = Field(default_factory=PoolStatus)
     autoscaling: AutoscalingStatus | None = Field(
-        default=None, description="Only with spec.autoscaling, and not while nothing is scaled."
+        default=None,
+        description="What the load asks for. Only with spec.autoscaling, and not while nothing is scaled.",
     )
     agents: list[AgentLine] = Field(
         default_factory=list,
@@ -644,7 +718,7 @@ class KVMoveSpec(Resource):
     )
 
     service: Name = Field(
-        description="The LLMService, in the same namespace.",
+        description="The LLMService whose agents they are, in the same namespace.",
         json_schema_extra=_immutable("service is immutable: make another KVMove"),
     )
     kind: Literal["migrate", "lend", "recall", "offload", "replicate", "drain"] = Field(
@@ -653,12 +727,12 @@ class KVMoveSpec(Resource):
     )
     from_: Name = Field(
         alias="from",
-        description="Agent (pod) that gives.",
+        description="The agent that gives blocks, by the name of its pod.",
         json_schema_extra=_immutable("from is immutable: make another KVMove"),
     )
     to: Name | None = Field(
         default=None,
-        description="Agent (pod) that takes; drain chooses if unset.",
+        description="The agent that takes blocks, by the name of its pod; drain chooses one if unset.",
         json_schema_extra=_immutable("to is immutable: make another KVMove"),
     )
     blocks: int | None = Field(
@@ -693,12 +767,14 @@ class KVMoveStatus(Resource):
     """How far the move is."""
 
     phase: Literal["Proposed", "Running", "Succeeded", "Failed", "Cancelled"] = Field(
-        default="Proposed", description="Proposed moves wait for approval."
+        default="Proposed", description="How far the move is; Proposed waits for approval."
     )
     observed_generation: int = Field(default=0, description="The generation that this was computed from.")
-    bytes: str = Field(default="0", max_length=32, description="Moved so far, as a quantity.")
-    duration_milliseconds: int = Field(default=0, description="From the start to the end.")
-    downtime_milliseconds: int = Field(default=0, description="For which the request stood still.")
+    bytes: str = Field(default="0", max_length=32, description="How much has been moved, as a quantity.")
+    duration_milliseconds: int = Field(default=0, description="Time from the start to the end.")
+    downtime_milliseconds: int = Field(
+        default=0, description="Time for which the request that was moved stood still."
+    )
     message: str = Field(default="", max_length=1024, description="The result, for a person.")
     started_at: str | None = Field(
         default=None, json_schema_extra={"format": "date-time"}, description="When it started."

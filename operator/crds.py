@@ -1,4 +1,4 @@
-"""crds/*.yaml from api.py: ``python -m blockyard.operator.crds`` writes them, ``--check`` compares.
+"""crds/*.yaml and, in words, docs/reference.md from api.py: ``python -m blockyard.operator.crds``.
 
 Kubernetes wants structural schemas: no references, no alternatives with null, a type for everything. Objects
 that may be left out get their defaults written out, because CEL rules are checked against the default as it
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from . import reference
 from .api import (
     GROUP,
     LONGEST_NAME,
@@ -166,7 +167,9 @@ def llmservices() -> dict[str, Any]:
             _column("Reason", "string", _ready("reason"), "Why, in a word."),
             _column("Wanted", "integer", ".spec.replicas", "Agents asked for."),
             _column("Serving", "integer", ".status.readyReplicas", "Agents that take requests."),
-            _column("Used %", "integer", ".status.usedPercent", "Share of all KV blocks that are active."),
+            _column(
+                "Used %", "integer", ".status.usedPercent", "Percentage of all device blocks that are active."
+            ),
             _AGE,
             _column(
                 "Updated", "integer", ".status.updatedReplicas", "Agents of the newest revision.", wide=True
@@ -198,7 +201,8 @@ def kvmoves() -> dict[str, Any]:
         "KVMove",
         "kvmoves",
         "kvm",
-        "One decision about KV: blocks that go from one agent of a service to another, and why.",
+        "One decision about KV: blocks that go from one agent of a service to another, and why. "
+        "This version does not act on it yet.",
         structural(KVMoveSpec, defaults=True),
         structural(KVMoveStatus, defaults=False),
         [
@@ -225,8 +229,9 @@ class _Dumper(yaml.SafeDumper):
 
 def files() -> dict[Path, str]:
     """Path -> what is to stand in it."""
-    found = {}
-    for definition in (llmservices(), kvmoves()):
+    definitions = (llmservices(), kvmoves())
+    found = {FOLDER.parent / "docs" / "reference.md": reference.page(definitions)}
+    for definition in definitions:
         text = yaml.dump(definition, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
         found[FOLDER / f"{definition['spec']['names']['plural']}.yaml"] = _HEADER + text
     return found
@@ -234,7 +239,9 @@ def files() -> dict[Path, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the files, or with --check say which differ; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write crds/*.yaml from operator/api.py.")
+    parser = argparse.ArgumentParser(
+        description="Write crds/*.yaml and docs/reference.md from operator/api.py."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
     check = parser.parse_args(argv).check
     stale = [path for path, text in files().items() if not path.is_file() or path.read_text() != text]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from blockyard.operator import crds
+from blockyard.operator import crds, reference
 from blockyard.operator.api import (
     KVMoveSpec,
     KVMoveStatus,
@@ -63,6 +64,9 @@ def test_a_stale_file_is_told_and_mended(
     assert crds.main(["--check"]) == 0
     file = tmp_path / "crds" / "kvmoves.yaml"
     file.write_text(file.read_text().replace("Kind", "kind", 1))
+    assert crds.main(["--check"]) == 1
+    assert crds.main([]) == 0
+    (tmp_path / "docs" / "reference.md").unlink()
     assert crds.main(["--check"]) == 1
 
 
@@ -168,6 +172,67 @@ def test_a_model_that_no_structural_schema_can_say_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"values to unpack|structural"):
         crds.structural(Odd, defaults=True)
+
+
+# ── The reference ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", CRDS)
+def test_the_reference_has_every_field_in_the_order_of_the_models(name: str) -> None:
+    """Each once. A list is told as its items, and a map in its own row."""
+    text = reference.page([CRDS[name]])
+    fields = [
+        path.removeprefix(".")
+        for of, path, node in NODES
+        if of == name and path.count(".") > 1 and node["type"] != "array"
+        if not (path.endswith("[]") and node["type"] == "string")
+    ]
+    told = re.findall(r"^\| \[?`((?:spec|status)\.[^`]*)`", text, re.MULTILINE)
+    assert sorted(told) == sorted(fields)
+    tables = [path for path in re.findall(r"^### \w+ (\S+)$", text, re.MULTILINE) if "." in path]
+    assert tables == [path for path in fields if any(each.startswith(f"{path}.") for each in fields)]
+
+
+def test_the_reference_is_what_github_shows_well() -> None:
+    definition = crds.kvmoves()
+    (version,) = definition["spec"]["versions"]
+    spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    spec["properties"]["blocks"]["description"] = "one | two\nthree"
+    text = reference.page([CRDS["llmservices"], definition])
+    assert r"one \| two three |" in text
+    assert "<" not in text, "there is HTML in it"
+    widths = [
+        len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0 for line in text.splitlines()
+    ]
+    for before, after in pairwise(widths):
+        assert before == after or 0 in (before, after), "a row has more cells than another one of its table"
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = [re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert len(set(anchors)) == len(anchors)
+    assert set(re.findall(r"\]\(#(.*?)\)", text)) <= set(anchors)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "| `spec.replicas` | integer | `1` | 0 to 1000 | How many agents",
+        "| `spec.device` | `cuda`, `cpu` | `cuda` | immutable |",
+        "| `spec.engine.maxModelLen` | integer |  | at least 1 |",
+        "| `spec.engine.cudaGraphs` | boolean | `true` |  |",
+        '| `spec.model.image.path` | string | `""` | at most 512 characters |',
+        "| `spec.model.hostPath.path` | string | required, at most 512 characters, `^/[^:]*$` |",
+        "| `spec.template.metadata.labels` | map of strings | Added",
+        "| [`status.agents[]`](#llmservice-statusagents) | list of objects | The agents",
+        "| `status.decisions[].time` | time | When",
+        "| [`spec.why[]`](#kvmove-specwhy) | list of objects |  | at most 32 items, immutable |",
+        "- metadata.name names Services too",
+        "- `spec.kv.hostBlocks`: preemption Swap needs hostBlocks of at least 1",
+        "- `spec.approved`: an approval cannot be withdrawn",
+        '| Message | `-o wide` | Why, for a person. | `status.conditions[?(@.type=="Ready")].message` |',
+    ],
+)
+def test_the_reference_tells_types_defaults_limits_and_rules(line: str) -> None:
+    assert f"\n{line}" in reference.page(CRDS.values())
 
 
 # ── The same rules without an API server ──────────────────────────────────────────────────────────────────
