@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 GPU_PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -18,7 +19,7 @@ demo: $(INSTALLED)  ## serve SmolLM2-135M on this machine, ask it something, sho
 
 test: $(INSTALLED)  ## the whole test suite; ARGS="tests/engine -k name" for a part of it
 	$(PY) -m tests.cluster.binaries || true  # built once; without them the cluster's tests say why they skip
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) .build/blockyard  ## ruff, strict types, who may import whom
 	$(VENV)/bin/ruff check .
@@ -30,7 +31,7 @@ format: $(INSTALLED)  ## bring the code into ruff's form
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-crds: $(INSTALLED)  ## write crds/ from operator/api.py
+crds: $(INSTALLED)  ## write crds/ and docs/reference.md from operator/api.py
 	$(PY) -m blockyard.operator.crds
 
 gpu: .build/blockyard  ## kernel and runner tests and kernel benchmarks on CUDA, with GPU_PYTHON's own packages
