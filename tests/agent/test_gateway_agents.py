@@ -302,7 +302,7 @@ def test_no_request_fails_while_an_agent_is_drained_under_load(stage: Stage, tim
         async with session() as client:
             users = [asyncio.create_task(user(client, number)) for number in range(6)]
             await until(8, 0)
-            assert stage.agents[old].get("/status")["in_flight"] > 0
+            await asyncio.to_thread(stage.agents[old].status_when, lambda s: s["in_flight"] > 0)
             async with client.post(
                 f"{stage.agents[old].url}/drain", json={"timeout_s": timeout_s}
             ) as response:
