@@ -28,6 +28,7 @@ from .wire import WireError, events, frame
 log = logging.getLogger("blockyard.agent")
 
 EXIT_TIMEOUT = 5.0  # seconds the engine gets to leave by itself
+WATCH_STEPS = 8  # parts in which silence is waited for
 
 
 class EngineDied(EngineError):
@@ -93,19 +94,23 @@ class Generation:
 class EngineClient:
     """Owns the engine process and the requests in it."""
 
-    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_change: Callable[[], None] = lambda: None, hang_timeout: float = 0.0) -> None:
+        """``hang_timeout``: seconds of silence after which an engine with work is ended; 0: never."""
         self.ready: Ready | None = None
         self.stats = EngineStats()
         self.failure: EngineError | None = None
         self.gone = asyncio.Event()  # the engine has ended, for whatever reason
         self._on_change = on_change
+        self._hang_timeout = hang_timeout
         self._ids = itertools.count()
         self._generations: dict[str, Generation] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._sent = 0  # commands
         self._covered = 0  # of those, commands that the last stats take into account
+        self._heard = 0  # events
         self._closing = False
 
     @property
@@ -115,6 +120,11 @@ class EngineClient:
     @property
     def commands_pending(self) -> int:
         return self._sent - self._covered
+
+    @property
+    def _owes_an_answer(self) -> bool:
+        """An idle engine has said so, with all commands covered; any other one speaks at every step."""
+        return self.commands_pending > 0 or self.stats.running + self.stats.waiting > 0
 
     async def start(self, config: EngineConfig) -> Ready:
         """Start the process and wait until the model is loaded. ConfigError or EngineDied if it cannot be."""
@@ -133,11 +143,34 @@ class EngineClient:
         reader, self._writer = await asyncio.open_connection(sock=ours)
         loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read(reader, loaded))
-        return await loaded
+        ready = await loaded
+        if self._hang_timeout > 0:
+            self._watching = asyncio.create_task(self._watch())
+        return ready
+
+    async def _watch(self) -> None:
+        """End an engine that hangs: it owes an answer and is silent for as long as ``hang_timeout``.
+
+        Silence is counted in short waits, so that it is not held against the engine if all of the machine
+        stood still.
+        """
+        assert self._process is not None
+        silent = 0
+        while silent < WATCH_STEPS:
+            before = self._heard
+            await asyncio.sleep(self._hang_timeout / WATCH_STEPS)
+            silent = silent + 1 if self._owes_an_answer and self._heard == before else 0
+        self.failure = EngineDied(
+            f"the engine had work and said nothing for {self._hang_timeout:g} s (hang_timeout); it was ended"
+        )
+        log.error("%s", self.failure)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def _read(self, reader: asyncio.StreamReader, loaded: asyncio.Future[Ready]) -> None:
         try:
             async for event in events(reader):
+                self._heard += 1
                 if isinstance(event, Ready):
                     self.ready = event
                     if not loaded.done():  # nobody waits any more if the agent was stopped meanwhile
@@ -170,6 +203,8 @@ class EngineClient:
     async def _bury(self, loaded: asyncio.Future[Ready]) -> None:
         """The socket has ended: fail whoever waits."""
         assert self._process is not None
+        if self._watching is not None:
+            self._watching.cancel()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), EXIT_TIMEOUT)
         if self._process.returncode is None:

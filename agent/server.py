@@ -69,7 +69,7 @@ class Agent:
 
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
-        self.engine = EngineClient(self._changed)
+        self.engine = EngineClient(self._changed, settings.hang_timeout)
         self.board = StatusBoard(self.engine, settings.public_name, settings.max_queue)
         self.metrics = Metrics(self.board.report, settings.public_name)
         self._tokenizer: Tokenizer | None = None

@@ -76,6 +76,12 @@ class AgentSettings(BaseSettings):
         60.0, gt=0, description="seconds a client may take to send its body or to take what is sent to it"
     )
     grace_period: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
+    hang_timeout: float = Field(
+        600.0,
+        ge=0,
+        description="seconds after which an engine that has work and says nothing is ended; 0: never. Longer "
+        "than any one step takes",
+    )
 
     @property
     def public_name(self) -> str:

@@ -105,6 +105,26 @@ def test_the_engine_goes_when_the_http_process_is_killed_even_in_a_step_that_doe
             os.kill(engine, signal.SIGCONT)  # else it would stay for ever where this has failed
 
 
+def test_an_engine_that_hangs_is_ended_and_one_that_is_idle_is_not(start_agent: Start) -> None:
+    agent = start_agent("--hang-timeout", "6")
+    engine = agent.engine_pid()
+
+    async def run() -> None:
+        async with session() as client:
+            status, _ = await complete(client, agent.url, ask(4))
+            assert status == 200
+            await asyncio.sleep(8)  # silence of an engine without work
+            streamed = await stream(client, agent.url, ask(LONG))
+            os.kill(engine, signal.SIGSTOP)
+            error = error_of((await events(streamed))[-1])
+            assert error["code"] == "engine_failed"
+            assert "hang_timeout" in error["message"]
+
+    go(run())
+    assert agent.process.wait(60) != 0
+    wait_for_end(engine)
+
+
 # ── Signals ───────────────────────────────────────────────────────────────────────────────────────
 
 
