@@ -40,6 +40,7 @@ VALUES: dict[str, Any] = {
     "max_body_bytes": 2048,
     "client_timeout": 8.5,
     "grace_period": 12.5,
+    "hang_timeout": 99.5,
 }
 
 
