@@ -17,48 +17,14 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import report
+from chat_load import MODEL, WORDS, Sample, ask, chat_body, session, tail
+from proc import resident_mib
 
-from blockyard.agent.chat_client import events
-
-MODEL = "SmolLM2-135M-Instruct"
 SYSTEM = "You are a helpful assistant. Answer in full sentences, explain your reasons, and stay polite. " * 4
-WORDS = [
-    "river",
-    "window",
-    "seven",
-    "cloud",
-    "garden",
-    "letter",
-    "music",
-    "winter",
-    "silver",
-    "engine",
-    "market",
-    "story",
-    "paper",
-    "mountain",
-]
-REQUEST_TIMEOUT = 600.0
 MIB = 2**20
-
-
-@dataclass(slots=True)
-class Sample:
-    """Seconds of one request as its client saw them."""
-
-    first: float
-    total: float
-    tokens: int
-    status: int
-
-    @property
-    def per_token(self) -> float:
-        return (self.total - self.first) / max(1, self.tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,50 +35,28 @@ class Limits:
     per_token: float
 
 
-async def ask(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Sample:
-    """One streamed chat request: a shared system prompt, words of its own, 16 to 128 tokens of answer."""
-    question = " ".join(rng.choices(WORDS, k=rng.randint(8, 200)))
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
-        "max_tokens": rng.randint(16, 128),
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    begin = time.perf_counter()
-    first, tokens = 0.0, 0
-    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
-        if response.status == 200:
-            async for event in events(response):
-                if not first and any(choice["delta"].get("content") for choice in event["choices"]):
-                    first = time.perf_counter() - begin
-                if event.get("usage"):
-                    tokens = event["usage"]["completion_tokens"]
-    return Sample(first, time.perf_counter() - begin, tokens, response.status)
+def question(rng: random.Random) -> dict[str, Any]:
+    """A chat request: a shared system prompt, words of its own, 16 to 128 tokens of answer."""
+    words = " ".join(rng.choices(WORDS, k=rng.randint(8, 200)))
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": words}]
+    return chat_body(messages, rng.randint(16, 128))
 
 
 async def load(url: str, rate: float, seconds: float, limits: Limits) -> dict[str, Any]:
     """Poisson arrivals at ``rate`` a second for ``seconds``, then wait for the last answer."""
     rng = random.Random(f"{rate}")
-    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+    async with session() as client:
         begin = time.perf_counter()
         tasks: list[asyncio.Task[Sample]] = []
         arrival = rng.expovariate(rate)
         while arrival < seconds:
             await asyncio.sleep(max(0.0, begin + arrival - time.perf_counter()))
-            tasks.append(asyncio.create_task(ask(session, url, random.Random(rng.random()))))
+            tasks.append(asyncio.create_task(ask(client, url, question(random.Random(rng.random())))))
             arrival += rng.expovariate(rate)
         samples = await asyncio.gather(*tasks)
         duration = time.perf_counter() - begin
     served = [s for s in samples if s.status == 200]
     good = [s for s in served if s.first <= limits.first and s.per_token <= limits.per_token]
-
-    def tail(values: list[float]) -> dict[str, float]:
-        return {"p50": report.percentile(values, 0.5), "p99": report.percentile(values, 0.99)}
 
     return {
         "rate": rate,
@@ -141,20 +85,9 @@ async def start() -> tuple[Process, str, float]:
             url = match[1]
         if "ready," in line:
             break
-    async with aiohttp.ClientSession() as session:
-        sample = await ask(session, url, random.Random(0))
+    async with session() as client:
+        sample = await ask(client, url, question(random.Random(0)))
         return agent, url, time.perf_counter() - begin - sample.total + sample.first
-
-
-def resident_mib(pid: int) -> float:
-    """Resident memory of a process and all that it started (Linux)."""
-    total = 0.0
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):  # pages that processes share count once in the sum
-            total += int(line.split()[1]) / 1024
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        total += resident_mib(int(child))
-    return total
 
 
 async def main() -> None:
@@ -192,7 +125,7 @@ async def main() -> None:
                 f"| {row['goodput']:.2f}/s | {row['good_share']:.0%} |",
                 flush=True,
             )
-        async with aiohttp.ClientSession() as session, session.get(f"{url}/status") as response:
+        async with session() as client, client.get(f"{url}/status") as response:
             status = await response.json()
         if agent is not None:
             tier = status["device_tier"]
