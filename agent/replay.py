@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import from_json
+
 DONE = b"[DONE]"
 
 
@@ -72,7 +74,7 @@ class Ledger:
             self._check_end()
             return data
         try:
-            event = json.loads(data)
+            event = from_json(data)
             if "error" in event:
                 error = event["error"]
                 code = str(error.get("code"))
