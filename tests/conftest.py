@@ -26,12 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n`` one process takes all tests of the cluster, for they share a control plane; else a file."""
+    """With ``-n`` each process takes whole files, and one takes those of the cluster, for they share a control
+    plane. Helm's tests have one of their own.
+    """
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "cluster" if (config.rootpath / file).is_relative_to(CLUSTER) else file
+            file = config.rootpath / nodeid.partition("::")[0]
+            return "cluster" if file.parent == CLUSTER and file.name != "test_helm.py" else str(file)
 
     return Files(config, log)

@@ -13,6 +13,7 @@ import openai
 
 TRIES = 3  # of one request, as many as OpenAI's client makes unless it is told otherwise
 PAUSE = 0.5  # seconds between two of them
+THINKING = 0.25  # seconds between two requests of a client, so that starting agents get something of the CPU
 PROMPTS = (
     "Say hello.",
     "What is the capital of France?",
@@ -65,7 +66,7 @@ class Clients:
     def _go_on(self, number: int) -> None:
         chance = random.Random(number)
         try:
-            while not self._stop.is_set():
+            while not self._stop.wait(THINKING):
                 self._request(chance)
         finally:
             with self._changed:

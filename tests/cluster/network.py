@@ -24,9 +24,10 @@ _TRIES = 50
 
 
 class PodNetwork:
-    """A /16, ours until it is closed. Addresses are given out once each: a late client of an ended pod must
-    not
-    reach another one."""
+    """A /16, ours until it is closed.
+
+    Addresses are given out once each: a late client of an ended pod must not reach another one.
+    """
 
     def __init__(self) -> None:
         given = os.environ.get(SETTING)
