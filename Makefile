@@ -39,10 +39,13 @@ gpu: .build/blockyard  ## kernel and runner tests and kernel benchmarks on CUDA,
 	PYTHONPATH=.build $(GPU_PYTHON) -m pytest -q tests/kernels tests/engine/test_cuda.py
 	PYTHONPATH=.build $(GPU_PYTHON) benchmarks/kernels.py
 
-bench: $(INSTALLED)  ## the CPU benchmarks of docs/performance.md; takes about half an hour
+bench: $(INSTALLED)  ## the CPU benchmarks of docs/performance.md; takes about an hour
+	$(PY) -m tests.cluster.binaries
 	$(PY) benchmarks/throughput.py
 	$(PY) benchmarks/serve.py
 	$(PY) benchmarks/memory.py
+	$(PY) benchmarks/gateway.py
+	$(PY) benchmarks/operator_scale.py
 
 wheel: $(INSTALLED)  ## dist/*.whl
 	$(PY) -m build --wheel
