@@ -26,8 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n`` each process takes whole files, and one takes those of the cluster, for they share a control
-    plane. Helm's tests have one of their own.
+    """With ``-n`` a process takes whole files, and one all of the cluster's, which share a control plane.
+
+    Helm's tests have one of their own.
     """
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
