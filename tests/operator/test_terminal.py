@@ -1,0 +1,97 @@
+"""``blockyard status`` and ``top`` of a cluster: what they show, and what they do while it does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from blockyard.operator import terminal
+from blockyard.operator.kube import LLM_SERVICE, ApiError
+
+from .api_server import ApiServer, Fault
+
+Work = Callable[[ApiServer], Awaitable[None]]
+
+
+@pytest.fixture
+def with_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
+    """Runs something with a cluster that KUBECONFIG leads to, in which there is one service."""
+
+    async def run(work: Work) -> None:
+        async with ApiServer() as server:
+            config = {
+                "clusters": [{"name": "c", "cluster": {"server": server.url}}],
+                "users": [{"name": "u", "user": {"token": "t"}}],
+                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+                "current-context": "x",
+            }
+            (tmp_path / "config").write_text(json.dumps(config))
+            monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+            monkeypatch.setenv("BLOCKYARD_CACHE", str(tmp_path))
+            monkeypatch.setattr(terminal, "REFRESH", 0.05)
+            metadata = {"name": "tiny", "namespace": "prod"}
+            await server.put(LLM_SERVICE, {"metadata": metadata, "spec": {"replicas": 2}})
+            await asyncio.wait_for(work(server), 60)
+
+    return lambda work: asyncio.run(run(work))
+
+
+def asked(server: ApiServer) -> int:
+    return sum("llmservices" in path for _, path in server.calls)
+
+
+def test_status_shows_what_the_cluster_holds(
+    with_cluster: Callable[[Work], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work(_: ApiServer) -> None:
+        assert await terminal.show(None, here=False, follow=False) == 0
+
+    with_cluster(work)
+    assert "prod/tiny  0 of 2 ready" in capsys.readouterr().out
+
+
+def test_status_of_a_cluster_that_refuses_is_an_error(with_cluster: Callable[[Work], None]) -> None:
+    async def work(server: ApiServer) -> None:
+        server.faults.append(Fault(lambda _, path: "llmservices" in path, code=403, message="not you"))
+        with pytest.raises(ApiError, match="not you"):
+            await terminal.show(None, here=False, follow=False)
+
+    with_cluster(work)
+
+
+def test_top_keeps_what_it_had_and_says_why_while_the_cluster_does_not_answer(
+    with_cluster: Callable[[Work], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work(server: ApiServer) -> None:
+        async def top(until: Callable[[], bool]) -> str:
+            """What the screen shows at the end."""
+            showing = asyncio.create_task(terminal.show(None, here=False, follow=True))
+            while not until():
+                await server.called(len(server.calls) + 1)
+            showing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await showing
+            return capsys.readouterr().out
+
+        fault = Fault(lambda _, path: "llmservices" in path, times=3, code=403, message="not now")
+        before = asked(server)
+
+        def failed_and_was_asked_again() -> bool:
+            if asked(server) == before + 2 and not server.faults:
+                server.faults.append(fault)
+            return fault.times == 1
+
+        shown = await top(failed_and_was_asked_again)
+        assert "the cluster does not answer" in shown and "not now" in shown
+        assert "prod/tiny  0 of 2 ready" in shown
+
+        server.faults.clear()
+        again = asked(server)
+        assert "does not answer" not in await top(lambda: asked(server) >= again + 3)
+
+    with_cluster(work)
