@@ -1,4 +1,4 @@
-"""``blockyard status`` and ``top`` of a cluster: what they show, and what they do while it does not answer."""
+"""``blockyard status`` and ``top`` of a cluster: what they show, also while it does not answer."""
 
 from __future__ import annotations
 
