@@ -3,7 +3,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 GPU_PYTHON ?= python3
-WORKERS ?= 2
+# Test processes: more than there are cores, for much of a test is waiting.
+WORKERS ?= 3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -61,5 +62,5 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --editable '.[dev]'
+	$(PY) -m pip install --no-compile --editable '.[dev]'  # compiled when imported, and most of it never is
 	touch $@
