@@ -20,7 +20,7 @@ from math import ceil
 from . import reasons
 from .api import AutoscalingSpec, AutoscalingStatus
 from .observed import Observed, Pod, seconds, stamp
-from .replicas import leaving, lost
+from .replicas import gone, leaving, works
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,7 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
 
 def _serves(pod: Pod, observed: Observed) -> bool:
     """It takes requests and is not on its way out; an agent's own word counts while its pod's wavers."""
-    if pod.deleting or pod.finished or leaving(pod) or lost(pod, observed):
-        return False
-    return pod.ready or (pod.agent is not None and pod.agent.state == "ready")
+    return not (gone(pod, observed) or leaving(pod)) and (pod.ready or works(pod))
 
 
 def _bounded(wanted: int, reason: str, scaling: AutoscalingSpec) -> tuple[int, str]:

@@ -228,8 +228,9 @@ class Reconciler:
         if service.deleting and not self._cluster.pods_of(service):
             await self._let_go(custom)
             return
+        observed = self._observe(service, revision)
         refusal: ApiError | None = None
-        if (scale := autoscale.plan(self._observe(service, revision))) is not None:
+        if (scale := autoscale.plan(observed)) is not None:
             try:
                 await self._scale(service, scale)
             except ApiError as error:  # agents are seen to all the same
@@ -237,7 +238,7 @@ class Reconciler:
             else:  # the next round, which this has made due, works on the new number
                 done.append(scale)
                 return
-        actions = replicas.plan(self._observe(service, revision))
+        actions = replicas.plan(observed)
         if any(isinstance(action, Create) for action in actions):
             # A Secret that somebody deleted would keep new agents from starting.
             self._tokens.pop(service.uid, None)

@@ -99,6 +99,11 @@ def lost(pod: Pod, observed: Observed) -> str:
     return word if pod.agent is None and since is not None and observed.now >= since else ""
 
 
+def gone(pod: Pod, observed: Observed) -> bool:
+    """It is no part of the service any more: terminating, failed, or lost with its node."""
+    return pod.deleting or pod.finished or bool(lost(pod, observed))
+
+
 def misplaced(pod: Pod, observed: Observed) -> tuple[str, str]:
     """(reason, words) if a pod must leave its node, though its agent may work there; else ("", "")."""
     node = observed.nodes.get(pod.node)
@@ -118,6 +123,11 @@ def leaving(pod: Pod) -> bool:
     """It drains or is drained, whoever asked for it."""
     asked = pod.draining_since is not None or not pod.undrained
     return asked or (pod.agent is not None and pod.agent.state in ("draining", "drained"))
+
+
+def works(pod: Pod) -> bool:
+    """Its agent says that it serves, whatever the pod's condition says at the moment."""
+    return pod.agent is not None and pod.agent.state == "ready"
 
 
 def _node_trouble(pod: Pod, observed: Observed) -> tuple[float | None, str]:
@@ -145,26 +155,26 @@ class _Round:
         service = self.observed.service
         if service.paused or (service.spec is None and not service.deleting):
             return []
-        gone: list[Pod] = []
+        ended: list[Pod] = []
         going: list[Pod] = []
         staying: list[Pod] = []
         for pod in self.observed.pods:
             if (since := _node_trouble(pod, self.observed)[0]) is not None:
                 self.times.append(since)
-            if pod.deleting or pod.finished or lost(pod, self.observed):
-                gone.append(pod)
+            if gone(pod, self.observed):
+                ended.append(pod)
             else:
                 (going if leaving(pod) else staying).append(pod)
 
-        waiting = self._waiting(gone)
-        actions = [action for pod in gone for action in self._bury(pod, wait=waiting > 0)]
+        waiting = self._waiting(ended)
+        actions = [action for pod in ended for action in self._bury(pod, wait=waiting > 0)]
         actions += [action for pod in going for action in self._see_off(pod)]
         if service.deleting:
             words = "the LLMService is deleted"
             return actions + [self._send_off(pod, reasons.SERVICE_DELETED, words) for pod in staying]
         bad = {pod.name: why for pod in staying if (why := self._bad(pod)) is not None}
         by_worth = sorted(staying, key=self._worth)
-        return [*actions, *self._create(by_worth, bad, gone + going, waiting), *self._remove(by_worth, bad)]
+        return [*actions, *self._create(by_worth, bad, ended + going, waiting), *self._remove(by_worth, bad)]
 
     # ── Those that are no more ────────────────────────────────────────────────────────────────────
 
@@ -176,14 +186,14 @@ class _Round:
             return [Delete(pod, reasons.AGENT_FAILED, f"{pod.problem or pod.phase}: {pod.message}")]
         return []
 
-    def _waiting(self, gone: list[Pod]) -> int:
+    def _waiting(self, ended: list[Pod]) -> int:
         """How many failed pods are not replaced yet; they stay until then, for people to look at.
 
         A pod that fails again and again, for its node refuses it, would otherwise be made anew without end.
         """
         failed = [
             pod
-            for pod in gone
+            for pod in ended
             if pod.finished and not (pod.deleting or leaving(pod) or lost(pod, self.observed))
         ]
         before = sorted(self._failures())
@@ -269,7 +279,7 @@ class _Round:
         for pod in staying:
             if pod.name not in causes or (pod.ready and spare <= 0):
                 continue
-            if _works(pod) and spare < 0:  # out of the Endpoints at the moment, but perhaps not for long
+            if works(pod) and spare < 0:  # out of the Endpoints at the moment, but perhaps not for long
                 continue
             spare -= pod.ready
             reason, why = causes[pod.name]
@@ -298,11 +308,6 @@ class _Round:
             -pod.created,
             pod.name,
         )
-
-
-def _works(pod: Pod) -> bool:
-    """Its agent says that it serves, whatever the pod's condition says at the moment."""
-    return pod.agent is not None and pod.agent.state == "ready"
 
 
 def _load(pod: Pod) -> str:

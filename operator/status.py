@@ -15,11 +15,15 @@ from .api import AgentLine, Condition, Decision, LLMServiceStatus, PoolStatus, T
 from .autoscale import Scale
 from .children import selector, url
 from .observed import PAUSED, Observed, Pod, stamp
-from .replicas import Action, Create, Delete, Drain, Release, leaving, lost, misplaced, outdated
+from .replicas import Action, Create, Delete, Drain, Release, gone, leaving, lost, misplaced, outdated
 
 LONGEST_MESSAGE = 1024
 MOST_AGENTS = 64
 MOST_DECISIONS = 16
+
+# What changes all the time while requests run, of a service, its agents and its pools.
+_LOAD = {"running", "waiting", "usedPercent", "cachedPercent", "hitPercent", "autoscaling"}
+_LOAD |= {"free", "cached", "active"}
 
 _Truth = Literal["True", "False", "Unknown"]
 _Verdict = tuple[_Truth, str, str]  # status, reason, message
@@ -76,11 +80,8 @@ def urgent(status: Mapping[str, Any], previous: Mapping[str, Any]) -> bool:
 
 
 def _without_load(status: Mapping[str, Any]) -> dict[str, Any]:
-    load = {"running", "waiting", "usedPercent", "cachedPercent", "hitPercent", "free", "cached", "active"}
-    load.add("autoscaling")
-
     def strip(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in part.items() if name not in load}
+        return {name: value for name, value in part.items() if name not in _LOAD}
 
     found = strip(status)
     found["conditions"] = [each for each in status.get("conditions") or () if each["type"] != "Balanced"]
@@ -98,9 +99,7 @@ class _View:
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
         self.spec = observed.service.spec
-        self.present = [
-            pod for pod in observed.pods if not (pod.deleting or pod.finished or lost(pod, observed))
-        ]
+        self.present = [pod for pod in observed.pods if not gone(pod, observed)]
         self.staying = [pod for pod in self.present if not leaving(pod)]
         self.going = [pod for pod in self.present if leaving(pod)]
         self.ready = [pod for pod in self.staying if pod.ready]
@@ -230,13 +229,13 @@ def _lines(observed: Observed) -> list[AgentLine]:
 
 
 def _line(pod: Pod, observed: Observed) -> AgentLine:
-    gone = lost(pod, observed)
+    why = lost(pod, observed)
     line = AgentLine(
         name=pod.name,
         node=pod.node,
-        state="Unknown" if gone else pod.state,
+        state="Unknown" if why else pod.state,
         revision=pod.revision,
-        message=_short(gone or _trouble(pod) or misplaced(pod, observed)[1]),
+        message=_short(why or _trouble(pod) or misplaced(pod, observed)[1]),
     )
     agent = pod.agent
     if agent is not None:
