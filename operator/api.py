@@ -28,7 +28,7 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 
 LONGEST_NAME = 50  # of an LLMService: its children's names add up to 9 characters, and 63 is the limit
-_INT32 = 2**31 - 1
+INT32 = 2**31 - 1
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -218,7 +218,7 @@ class EngineSpec(Resource):
     max_model_len: int | None = Field(
         default=None,
         ge=1,
-        le=_INT32,
+        le=INT32,
         description="Longest prompt and answer together, in tokens; the model's own limit if unset.",
     )
     max_sequences: int | None = Field(
@@ -230,7 +230,7 @@ class EngineSpec(Resource):
     max_batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        le=_INT32,
+        le=INT32,
         description="Tokens of one step, prefill and decode together; 256 on CPUs and 2048 on GPUs if unset.",
     )
     max_queue: int = Field(
@@ -279,11 +279,11 @@ class KVSpec(Resource):
     blocks: int | None = Field(
         default=None,
         ge=1,
-        le=_INT32,
+        le=INT32,
         description="Blocks of the pool; measured if neither this nor memory is set.",
     )
     host_blocks: int = Field(
-        default=0, ge=0, le=_INT32, description="Blocks in host memory, for preemption by swap."
+        default=0, ge=0, le=INT32, description="Blocks in host memory, for preemption by swap."
     )
     prefix_cache: bool = Field(
         default=True,
@@ -738,7 +738,7 @@ class KVMoveSpec(Resource):
     blocks: int | None = Field(
         default=None,
         ge=1,
-        le=_INT32,
+        le=INT32,
         description="How many blocks; all that fit if unset.",
         json_schema_extra=_immutable("blocks is immutable: make another KVMove"),
     )

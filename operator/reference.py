@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from .api import INT32
+
 Schema = Mapping[str, Any]
 
 _BEGINNING = """\
@@ -19,7 +21,6 @@ Every field, as `kubectl explain` shows it, with its limits. How to use them, an
 mean, is in [operations.md](operations.md); whole manifests are in [examples](../examples). `make crds` writes
 this file from `operator/api.py`.
 """
-_NO_LIMIT = 2**31 - 1  # the largest int32
 _LONGEST_PATTERN = 16
 _IMMUTABLE = "self == oldSelf"
 
@@ -97,9 +98,9 @@ def _type(field: Schema) -> str:
 
 
 def _limits(field: Schema) -> Iterator[str]:
-    least, most = field.get("minimum"), field.get("maximum", _NO_LIMIT)
+    least, most = field.get("minimum"), field.get("maximum", INT32)
     if least is not None:
-        yield f"{least} to {most}" if most < _NO_LIMIT else f"at least {least}"
+        yield f"{least} to {most}" if most < INT32 else f"at least {least}"
     for limit, what in (("maxLength", "characters"), ("maxItems", "items")):
         if limit in field:
             yield f"at most {field[limit]} {what}"
