@@ -143,10 +143,7 @@ class EngineClient:
         reader, self._writer = await asyncio.open_connection(sock=ours)
         loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read(reader, loaded))
-        ready = await loaded
-        if self._hang_timeout > 0:
-            self._watching = asyncio.create_task(self._watch())
-        return ready
+        return await loaded
 
     async def _watch(self) -> None:
         """End an engine that hangs: it owes an answer and is silent for as long as ``hang_timeout``.
@@ -173,6 +170,8 @@ class EngineClient:
                 self._heard += 1
                 if isinstance(event, Ready):
                     self.ready = event
+                    if self._hang_timeout > 0:
+                        self._watching = asyncio.create_task(self._watch())
                     if not loaded.done():  # nobody waits any more if the agent was stopped meanwhile
                         loaded.set_result(event)
                 else:
