@@ -15,9 +15,11 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import yaml
 from aiohttp import web
 from kubernetes.aio.client.configuration import Configuration
 
@@ -47,6 +49,20 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     after: bool = False  # carried out, and only then failed
     message: str = "a fault of the test"
+
+
+def kubeconfig(path: Path, server: str, **user: Any) -> Path:
+    """A file that leads to a server as a user with these credentials."""
+    body = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+        "clusters": [{"name": "k", "cluster": {"server": server, "insecure-skip-tls-verify": True}}],
+        "users": [{"name": "u", "user": user}],
+    }
+    path.write_text(yaml.safe_dump(body))
+    return path
 
 
 class Refused(Exception):

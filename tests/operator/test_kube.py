@@ -13,7 +13,6 @@ from typing import Any
 
 import certifi
 import pytest
-import yaml
 
 from blockyard.operator import kube as kube_module
 from blockyard.operator.kube import (
@@ -37,7 +36,9 @@ from blockyard.operator.kube import (
 )
 from blockyard.operator.settings import OperatorSettings, SettingsError
 
-from .api_server import ApiServer, Fault
+from .api_server import ApiServer, Fault, kubeconfig
+
+SOMEWHERE = "https://somewhere:6443"
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -345,26 +346,11 @@ def settings(tmp_path: Path, **more: Any) -> OperatorSettings:
     return OperatorSettings(agent_image="i", serviceaccount=tmp_path, **more)
 
 
-def kubeconfig(path: Path, **user: Any) -> Path:
-    body = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
-        "clusters": [
-            {"name": "k", "cluster": {"server": "https://somewhere:6443", "insecure-skip-tls-verify": True}}
-        ],
-        "users": [{"name": "u", "user": user}],
-    }
-    path.write_text(yaml.safe_dump(body))
-    return path
-
-
 def test_a_kubeconfig_that_was_named_beats_the_service_account(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        file = kubeconfig(tmp_path / "config", token="secret")
+        file = kubeconfig(tmp_path / "config", SOMEWHERE, token="secret")
         found = await load_credentials(settings(tmp_path, kubeconfig=file))
         assert found.host == "https://somewhere:6443" and not found.verify_ssl
         kube = Kube(found)
@@ -431,6 +417,6 @@ def write_plugin(folder: Path, url: str) -> Path:
     )
     plugin.chmod(0o755)
     command = {"apiVersion": api, "command": str(plugin), "interactiveMode": "Never"}
-    file = kubeconfig(folder / "config", exec=command)
+    file = kubeconfig(folder / "config", SOMEWHERE, exec=command)
     file.write_text(file.read_text().replace("https://somewhere:6443", url))
     return file

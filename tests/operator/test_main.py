@@ -18,7 +18,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import yaml
 
 from blockyard.operator import main as main_module
 from blockyard.operator.kube import DEPLOYMENT, LEASE, LLM_SERVICE, NODE, POD, Kube
@@ -27,7 +26,7 @@ from blockyard.operator.metrics import Metrics
 from blockyard.operator.reconcile import current_service
 from blockyard.operator.settings import OperatorSettings, SettingsError
 
-from .api_server import ApiServer, Fault, Raw
+from .api_server import ApiServer, Fault, Raw, kubeconfig
 
 LIMIT = 60.0
 
@@ -50,16 +49,7 @@ class Process:
     """An operator process that talks to the stand-in."""
 
     def __init__(self, url: str, folder: Path, **environment: str) -> None:
-        config = folder / "kubeconfig"
-        body = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "c",
-            "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
-            "clusters": [{"name": "k", "cluster": {"server": url}}],
-            "users": [{"name": "u", "user": {"token": "secret"}}],
-        }
-        config.write_text(yaml.safe_dump(body))
+        config = kubeconfig(folder / "kubeconfig", url, token="secret")
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("BLOCKYARD")},
             "KUBECONFIG": str(config),
