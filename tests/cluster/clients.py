@@ -102,20 +102,21 @@ def ask(
     begun: Callable[[], object] = lambda: None,
 ) -> str:
     """The greedy answer to a prompt, and why it ended; ``begun`` is called at a stream's first text."""
-    messages: Any = [{"role": "user", "content": prompt}]
+    request: Any = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": tokens,
+        "temperature": 0,
+    }
     with openai.OpenAI(base_url=f"http://{door}/v1", api_key="none", max_retries=0, timeout=120) as client:
         if not stream:
-            choice = client.chat.completions.create(
-                model=model, messages=messages, max_tokens=tokens, temperature=0
-            ).choices[0]
+            choice = client.chat.completions.create(**request).choices[0]
             return f"{choice.message.content} [{choice.finish_reason}]"
         text, reason = "", None
-        for chunk in client.chat.completions.create(
-            model=model, messages=messages, max_tokens=tokens, temperature=0, stream=True
-        ):
+        for chunk in client.chat.completions.create(**request, stream=True):
             for choice in chunk.choices:
+                if choice.delta.content and not text:
+                    begun()
                 text += choice.delta.content or ""
                 reason = choice.finish_reason or reason
-            if text:
-                begun()
         return f"{text} [{reason}]"

@@ -116,6 +116,9 @@ class Cluster:
         """The first state of an object for which ``holds``; {} where that is its absence."""
         return self.run(self.api.wait(kind, name, namespace, holds, limit=limit), limit + 30) or {}
 
+    def wait_until_gone(self, kind: str, name: str, namespace: str | None, *, limit: float = 120.0) -> None:
+        self.wait(kind, name, namespace, lambda found: found is None, limit=limit)
+
     def endpoints(self, service: str, namespace: str, port: str | None = None) -> list[str]:
         """ "address:port" of a Service's ready endpoints; its first port, if none is named.
 

@@ -210,12 +210,11 @@ class Service:
 
     def wait_until_gone(self, limit: float = STARTING) -> None:
         """It, and all that belonged to it."""
-        self.wait(lambda found: found is None, limit)
+        self.cluster.wait_until_gone("LLMService", self.name, self.namespace, limit=limit)
         for kind in ("Pod", "Service", "Deployment", "PodDisruptionBudget", "NetworkPolicy", "Secret"):
             label = f"serving.blockyard.dev/service={self.name}"
             for child in self.cluster.items(kind, self.namespace, labels=label):
-                name = child["metadata"]["name"]
-                self.cluster.wait(kind, name, self.namespace, lambda found: found is None)
+                self.cluster.wait_until_gone(kind, child["metadata"]["name"], self.namespace)
 
     def patch(self, **spec: Any) -> None:
         self.cluster.patch("LLMService", self.name, self.namespace, {"spec": spec})

@@ -128,7 +128,7 @@ def release(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Releas
     for name in CRDS:
         if cluster.find("CustomResourceDefinition", name):
             cluster.delete("CustomResourceDefinition", name)
-            cluster.wait("CustomResourceDefinition", name, None, lambda found: found is None)
+            cluster.wait_until_gone("CustomResourceDefinition", name, None)
 
 
 def objects(cluster: Cluster) -> set[tuple[str, str, str]]:
@@ -438,7 +438,7 @@ def live_a_life(cluster: Cluster, namespace: str, release: Release) -> None:
         ("Deployment", "model-gateway"), ("ServiceMonitor", "model"), ("ServiceAccount", "model-gateway"),
         ("Role", "model-gateway"), ("RoleBinding", "model-gateway"),
     ):  # fmt: skip
-        cluster.wait(kind, name, namespace, lambda found: found is None, limit=LIMIT)
+        cluster.wait_until_gone(kind, name, namespace, limit=LIMIT)
     cluster.wait("LLMService", "model", namespace, settled(0), limit=LIMIT)
     cluster.kubectl("delete", "llms", "model", f"--namespace={namespace}", f"--timeout={LIMIT:.0f}s")
 

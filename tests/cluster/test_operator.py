@@ -166,7 +166,7 @@ def test_a_template_that_does_not_fit_is_said_and_stops_nothing_else(
     assert reason(found, "Ready")[0] in ("InvalidSpec", "Refused"), found["status"]
     good.wait(lambda found: reason(found, "Ready")[0] == "ScaledToZero")
     cluster.delete("LLMService", "bad", namespace)
-    bad.wait(lambda found: found is None)
+    bad.wait_until_gone()
     assert operator.get("/healthz")[0] == 200
 
 

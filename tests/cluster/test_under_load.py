@@ -129,7 +129,7 @@ def test_rolled_out_agents_and_gateways_with_the_operator_killed_in_the_middle(s
     stage.operator.wait_until_acting()
     new = service.wait(settled(2))["status"]["revision"]
     for pod in before:
-        stage.cluster.wait("Pod", pod["metadata"]["name"], stage.namespace, lambda found: found is None)
+        stage.cluster.wait_until_gone("Pod", pod["metadata"]["name"], stage.namespace)
     assert len(stage.doors()) == GATEWAYS
     revisions = {pod["metadata"]["labels"]["serving.blockyard.dev/revision"] for pod in service.pods()}
     assert revisions == {new} != {old}
@@ -177,7 +177,7 @@ def test_a_node_is_lost(stage: Stage) -> None:
     (victim, *_) = stage.service.pods()
     lost = victim["spec"]["nodeName"]
     stage.cluster.run(stage.nodes.remove(lost))
-    stage.cluster.wait("Pod", victim["metadata"]["name"], stage.namespace, lambda found: found is None)
+    stage.cluster.wait_until_gone("Pod", victim["metadata"]["name"], stage.namespace)
     stage.service.wait(settled(2))
     assert all(pod["spec"]["nodeName"] != lost for pod in stage.service.pods())
     stage.check()
@@ -189,13 +189,8 @@ def test_the_service_is_deleted(stage: Stage) -> None:
     begun = threading.Barrier(3)
 
     def stream(door: str) -> str:
-        once: list[int] = []
-
-        def first() -> None:
-            if not once:
-                once.append(begun.wait(timeout=120))
-
-        return ask(door, NAME, "Tell me a long story about the sea.", 96, stream=True, begun=first)
+        prompt = "Tell me a long story about the sea."
+        return ask(door, NAME, prompt, 96, stream=True, begun=lambda: begun.wait(timeout=120))
 
     with ThreadPoolExecutor() as threads:
         answers = [threads.submit(stream, door) for door in stage.doors()]
