@@ -32,7 +32,7 @@ format: $(INSTALLED)  ## bring the code into ruff's form
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-crds: $(INSTALLED)  ## write crds/ and docs/reference.md from operator/api.py
+crds: $(INSTALLED)  ## write crds/ and docs/reference.md from operator/api/
 	$(PY) -m blockyard.operator.crds
 
 gpu: .build/blockyard  ## kernel and runner tests and kernel benchmarks on CUDA, with GPU_PYTHON's own packages

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_settings import BaseSettings
 
 from . import __version__
-from .agent import gateway
+from .agent.gateway import server as gateway
 from .agent.chat_client import chat
-from .agent.gateway_settings import GatewaySettings
+from .agent.gateway.settings import GatewaySettings
 from .agent.server import serve
 from .agent.settings import AgentSettings
 from .engine.errors import ConfigError, EngineError
@@ -98,7 +98,7 @@ def _operate(arguments: argparse.Namespace) -> int:
     try:
         from .operator import terminal
         from .operator.kube import KubeError
-        from .operator.local_manifest import ManifestError
+        from .operator.local.manifest import ManifestError
         from .operator.settings import SettingsError
     except ModuleNotFoundError as error:
         raise ConfigError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..engine.outputs import FinishReason, SequenceOutput, TokenLogprob
-from ..engine.tokenizer import Detokenizer, StopStrings, Tokenizer
+from ..engine.model.tokenizer import Detokenizer, StopStrings, Tokenizer
 from .engine_client import Generation
 
 

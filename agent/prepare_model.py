@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..engine.errors import ConfigError
-from ..engine.model_files import prepare
+from ..engine.model.files import prepare
 
 EXIT_TIMEOUT = 5.0  # seconds to clean up after a cancellation
 _REFUSED = 2  # exit code for a ConfigError, whose message is then the output
 
 
 async def prepare_in_child(model: str) -> Path:
-    """The model's folder, as ``engine.model_files.prepare`` finds or makes it. ConfigError if it cannot.
+    """The model's folder, as ``engine.model.files.prepare`` finds or makes it. ConfigError if it cannot.
 
     Cancelling ends the work and everything that it started.
     """

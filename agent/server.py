@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from ..engine.errors import ConfigError, EngineError
 from ..engine.sampling_params import SamplingParams
-from ..engine.tokenizer import Tokenizer
+from ..engine.model.tokenizer import Tokenizer
 from .bearer import has_token
 from .completion import ChatShape, Completion, CompletionShape, Piece, Shape
 from .drain import Drain, DrainRequest

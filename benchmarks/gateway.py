@@ -37,7 +37,7 @@ from simulated_agent import STEP
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.agent.gateway_process import GatewayProcess, all_ready  # noqa: E402 -- as the tests run them
+from tests.agent.gateway.process import GatewayProcess, all_ready  # noqa: E402 -- as the tests run them
 from tests.agent.process import AgentProcess  # noqa: E402
 
 SIDES = ("direct", "gateway")

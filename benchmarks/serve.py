@@ -157,7 +157,7 @@ async def main() -> None:
 
 def status_weights_mib() -> float:
     """Bytes of the prepared checkpoint, which is float32 as it is served."""
-    from blockyard.engine.model_files import prepare
+    from blockyard.engine.model.files import prepare
 
     return sum(path.stat().st_size for path in prepare(MODEL).glob("*.safetensors")) / MIB
 

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
-from blockyard.engine.model_config import ModelConfig
-from blockyard.engine.model_files import prepare
+from blockyard.engine.model.config import ModelConfig
+from blockyard.engine.model.files import prepare
 from blockyard.engine.sampling_params import SamplingParams
 
 MODEL = "SmolLM2-135M-Instruct"

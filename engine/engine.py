@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .beam import BeamSearch
-from .block_key import root_key
-from .block_pool import BlockPool
+from .kv.block_key import root_key
+from .kv.block_pool import BlockPool
 from .config import EngineConfig
 from .errors import RequestError, WorkerDied
 from .outputs import EngineStats, FinishReason, SequenceOutput, TierUsage, TokenLogprob

@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import kernels
 from .config import EngineConfig
 from .errors import ConfigError
-from .host_memory import available_bytes
-from .model import Alone, Communicator, Model, layout_digest, pool_shape
-from .model_config import ModelConfig
+from .kv.host_memory import available_bytes
+from .model.decoder import Alone, Communicator, Model, layout_digest, pool_shape
+from .model.config import ModelConfig
 from .step import Ints, StepInput
 
 GIB = 1 << 30

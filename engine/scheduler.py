@@ -29,7 +29,7 @@ from math import ceil
 
 import numpy as np
 
-from .block_pool import BlockPool
+from .kv.block_pool import BlockPool
 from .config import PreemptionKind
 from .errors import RequestError
 from .fair_queue import OUTPUT_WEIGHT, FairQueue, order

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from .block_key import child_key
+from .kv.block_key import child_key
 from .outputs import FinishReason, TokenLogprob
 from .sampling_params import SamplingParams
 

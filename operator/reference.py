@@ -19,7 +19,7 @@ _BEGINNING = """\
 
 Every field, as `kubectl explain` shows it, with its limits. How to use them, and what conditions and reasons
 mean, is in [operations.md](operations.md); whole manifests are in [examples](../examples). `make crds` writes
-this file from `operator/api.py`.
+this file from `operator/api/`.
 """
 _LONGEST_PATTERN = 16
 _IMMUTABLE = "self == oldSelf"

@@ -8,7 +8,7 @@ import math
 import openai
 import pytest
 
-from blockyard.engine.model_files import prepare
+from blockyard.engine.model.files import prepare
 
 from .process import MODEL, AgentProcess
 

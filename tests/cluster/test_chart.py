@@ -16,7 +16,7 @@ import yaml
 from kubernetes.aio.client.configuration import Configuration
 from prometheus_client import CollectorRegistry
 
-from blockyard.agent.gateway_metrics import GatewayMetrics
+from blockyard.agent.gateway.metrics import GatewayMetrics
 from blockyard.agent.metrics import Metrics as AgentMetrics
 from blockyard.agent.protocol import AgentStatus
 from blockyard.operator import children, reasons

@@ -23,7 +23,7 @@ from blockyard.engine.step import StepInput
 
 pytest.importorskip("transformers", reason="transformers is what outputs are compared with")
 from .models import FAMILIES, load_reference, make_model
-from .test_model import random_prompts, run
+from .model.test_decoder import random_prompts, run
 
 DEVICE = os.environ.get("BLOCKYARD_TEST_DEVICE", "cuda")
 NO_CUDA = not torch.cuda.is_available()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from blockyard.engine.model_files import prepare
+from blockyard.engine.model.files import prepare
 
 MIB = 1 << 20
 LIMIT = 1.2 * 1024 * MIB  # beyond weights and pool, for the whole process

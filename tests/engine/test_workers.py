@@ -19,7 +19,7 @@ import pytest
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
-from blockyard.engine.model_files import prepare
+from blockyard.engine.model.files import prepare
 from blockyard.engine.runner import Runner
 from blockyard.engine.sampling_params import SamplingParams
 from blockyard.engine.workers import ParallelRunner
@@ -402,7 +402,7 @@ def test_a_worker_that_dies_while_it_loads_is_an_error(child: Callable[..., Chil
     at = {"starting": "Model", "loading": "Leader.meet", "rehearsing": "Runner._rehearse"}[when]
     engine = child(
         f"""
-from blockyard.engine import model, runner
+from blockyard.engine import runner
 owner, name = {{
     "Model": (runner, "Model"),
     "Leader.meet": (workers.Leader, "meet"),

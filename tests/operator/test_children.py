@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from blockyard.agent.gateway_settings import GatewaySettings
+from blockyard.agent.gateway.settings import GatewaySettings
 from blockyard.agent.settings import AgentSettings
 from blockyard.operator import children
 from blockyard.operator.children import Defaults, TemplateError

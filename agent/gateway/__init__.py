@@ -1,0 +1,1 @@
+"""What only a gateway runs. It holds clients' connections and picks an agent for each request."""

@@ -1,0 +1,1 @@
+"""What owns blocks of KV and the bytes they lie in: the block pool, the blocks' keys, the host's memory."""

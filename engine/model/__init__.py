@@ -1,0 +1,1 @@
+"""What turns weights into logits and text into tokens: model files, configuration, weights, decoder, tokenizer."""

@@ -1,0 +1,3 @@
+"""The custom resources as pydantic models."""
+
+from .llmservice import *  # noqa: F403
