@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_settings import BaseSettings
 
 from . import __version__
-from .agent.gateway import server as gateway
 from .agent.chat_client import chat
+from .agent.gateway import server as gateway
 from .agent.gateway.settings import GatewaySettings
 from .agent.server import serve
 from .agent.settings import AgentSettings

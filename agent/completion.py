@@ -15,8 +15,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..engine.outputs import FinishReason, SequenceOutput, TokenLogprob
 from ..engine.model.tokenizer import Detokenizer, StopStrings, Tokenizer
+from ..engine.outputs import FinishReason, SequenceOutput, TokenLogprob
 from .engine_client import Generation
 
 

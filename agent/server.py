@@ -23,8 +23,8 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from ..engine.errors import ConfigError, EngineError
-from ..engine.sampling_params import SamplingParams
 from ..engine.model.tokenizer import Tokenizer
+from ..engine.sampling_params import SamplingParams
 from .bearer import has_token
 from .completion import ChatShape, Completion, CompletionShape, Piece, Shape
 from .drain import Drain, DrainRequest

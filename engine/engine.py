@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .beam import BeamSearch
-from .kv.block_key import root_key
-from .kv.block_pool import BlockPool
 from .config import EngineConfig
 from .errors import RequestError, WorkerDied
+from .kv.block_key import root_key
+from .kv.block_pool import BlockPool
 from .outputs import EngineStats, FinishReason, SequenceOutput, TierUsage, TokenLogprob
 from .sampler import SampledToken, Sampler, SamplingState
 from .sampling_params import SamplingParams

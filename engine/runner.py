@@ -18,8 +18,8 @@ from .. import kernels
 from .config import EngineConfig
 from .errors import ConfigError
 from .kv.host_memory import available_bytes
-from .model.decoder import Alone, Communicator, Model, layout_digest, pool_shape
 from .model.config import ModelConfig
+from .model.decoder import Alone, Communicator, Model, layout_digest, pool_shape
 from .step import Ints, StepInput
 
 GIB = 1 << 30

@@ -29,10 +29,10 @@ from math import ceil
 
 import numpy as np
 
-from .kv.block_pool import BlockPool
 from .config import PreemptionKind
 from .errors import RequestError
 from .fair_queue import OUTPUT_WEIGHT, FairQueue, order
+from .kv.block_pool import BlockPool
 from .outputs import FinishReason
 from .sequence import Place, Request, Sequence
 from .step import StepInput

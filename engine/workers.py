@@ -35,8 +35,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined] # public, b
 
 from .config import EngineConfig
 from .errors import ConfigError, EngineError, WorkerDied
-from .model.decoder import Shard
 from .model.config import ModelConfig
+from .model.decoder import Shard
 from .runner import Runner
 from .step import StepInput, StepRunner
 

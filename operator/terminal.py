@@ -17,8 +17,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from .local.runtime import LocalRuntime, running_services
 from .local.manifest import Machine, ManifestError, check_runs_here, read, usable_gpus
+from .local.runtime import LocalRuntime, running_services
 from .view import overview
 
 REFRESH = 1.0  # seconds

@@ -12,9 +12,9 @@ import logging
 from dataclasses import dataclass
 
 from ..envelope import Unavailable
+from ..prefix_sketch import Prefix
 from .fleet_view import Agent, FleetView
 from .metrics import GatewayMetrics
-from ..prefix_sketch import Prefix
 from .routing import Choice, choose
 
 log = logging.getLogger("blockyard.gateway")

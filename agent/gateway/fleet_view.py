@@ -18,9 +18,9 @@ from typing import Any
 import aiohttp
 from pydantic import ValidationError
 
-from .endpoints import Endpoint, Endpoints
 from ..prefix_sketch import PrefixMirror, PrefixReport
 from ..protocol import AgentStatus
+from .endpoints import Endpoint, Endpoints
 from .routing import AgentView
 
 log = logging.getLogger("blockyard.gateway")

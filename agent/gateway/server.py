@@ -23,15 +23,15 @@ from aiohttp import web
 
 from ...engine.errors import ConfigError
 from ..bearer import bearer, has_token
-from .dispatch import Dispatch, Failure, Pick
 from ..envelope import CLIENT_GONE, Handler, Unavailable, described, envelope, read_body
-from .fleet_view import FleetView
-from .metrics import GatewayMetrics
-from .request import Ask
-from .settings import GatewaySettings
 from ..openai_api import BadRequest
 from ..prefix_sketch import Prefix
+from .dispatch import Dispatch, Failure, Pick
+from .fleet_view import FleetView
+from .metrics import GatewayMetrics
 from .replay import DONE, AgentFailed, BrokenStream, Diverged, Ledger
+from .request import Ask
+from .settings import GatewaySettings
 from .tenants import MAX_TENANT, Keys, LimitReached, Limits
 from .upstream import Answer, Attempt, TookTooLong
 

@@ -1,1 +1,1 @@
-"""What turns weights into logits and text into tokens: model files, configuration, weights, decoder, tokenizer."""
+"""What turns text into tokens and weights into logits: files, configuration, weights, decoder, tokenizer."""

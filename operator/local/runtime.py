@@ -25,11 +25,11 @@ from .. import autoscale, children, replicas, status
 from ..autoscale import Scale
 from ..children import Defaults, TemplateError
 from ..fleet import Fleet
-from .manifest import Machine, ManifestError, check_runs_here, read
-from .process import LocalProcess
 from ..observed import Node, Observed, Pod, Service
 from ..replicas import Action, Create, Delete, Drain, Release
 from ..workqueue import WorkQueue
+from .manifest import Machine, ManifestError, check_runs_here, read
+from .process import LocalProcess
 
 log = logging.getLogger("blockyard.local")
 

@@ -22,8 +22,8 @@ from blockyard.engine.sampling_params import SamplingParams
 from blockyard.engine.step import StepInput
 
 pytest.importorskip("transformers", reason="transformers is what outputs are compared with")
-from .models import FAMILIES, load_reference, make_model
 from .model.test_decoder import random_prompts, run
+from .models import FAMILIES, load_reference, make_model
 
 DEVICE = os.environ.get("BLOCKYARD_TEST_DEVICE", "cuda")
 NO_CUDA = not torch.cuda.is_available()

@@ -14,9 +14,9 @@ from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import RequestError
 from blockyard.engine.model.files import prepare
+from blockyard.engine.model.tokenizer import Tokenizer
 from blockyard.engine.sampling_params import SamplingParams, Structure
 from blockyard.engine.structured import MAX_SCHEMA_BYTES, GrammarCompiler
-from blockyard.engine.model.tokenizer import Tokenizer
 
 
 class Person(BaseModel):

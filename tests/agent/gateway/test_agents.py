@@ -17,9 +17,9 @@ import aiohttp
 import openai
 import pytest
 
-from .process import GatewayProcess, agents_when, all_ready
 from ..load import LONG, ask, in_flight, session
 from ..process import MODEL, START_TIMEOUT, AgentProcess
+from .process import GatewayProcess, agents_when, all_ready
 
 FLAGS = ["--kv-blocks", "256", "--max-num-seqs", "16"]
 SYSTEM = (

@@ -15,7 +15,13 @@ import pytest
 from aiohttp import web
 
 from blockyard.agent.gateway import endpoints
-from blockyard.agent.gateway.endpoints import Endpoint, Endpoints, FileEndpoints, ServiceAccount, SliceEndpoints
+from blockyard.agent.gateway.endpoints import (
+    Endpoint,
+    Endpoints,
+    FileEndpoints,
+    ServiceAccount,
+    SliceEndpoints,
+)
 from blockyard.agent.gateway.settings import GatewaySettings
 from blockyard.engine.errors import ConfigError
 

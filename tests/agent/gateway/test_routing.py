@@ -9,6 +9,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockyard.agent.gateway.routing import OVER_MEAN, SLACK, AgentView, Choice, choose
 from blockyard.agent.prefix_sketch import (
     BOUNDARIES,
     FIRST_STEP,
@@ -20,7 +21,6 @@ from blockyard.agent.prefix_sketch import (
     prompt_parts,
     sketch,
 )
-from blockyard.agent.gateway.routing import OVER_MEAN, SLACK, AgentView, Choice, choose
 
 # ── The choice ────────────────────────────────────────────────────────────────────────────────────
 

@@ -16,11 +16,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from blockyard.agent.prefix_sketch import BOUNDARIES, prompt_parts, sketch
 from blockyard.agent.gateway.routing import OVER_MEAN, SLACK
+from blockyard.agent.prefix_sketch import BOUNDARIES, prompt_parts, sketch
 
-from .process import GatewayProcess, ScriptedAgent, agents_when, all_ready, gateway_status
 from ..load import events, session
+from .process import GatewayProcess, ScriptedAgent, agents_when, all_ready, gateway_status
 
 GREEDY = {"model": "m", "prompt": "Once upon a time", "temperature": 0}
 EXIT_TIMEOUT = 30.0

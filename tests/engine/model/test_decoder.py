@@ -13,8 +13,8 @@ import torch
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
-from blockyard.engine.model.decoder import layout_digest
 from blockyard.engine.model.config import ModelConfig
+from blockyard.engine.model.decoder import layout_digest
 from blockyard.engine.model.files import prepare
 from blockyard.engine.outputs import SequenceOutput
 from blockyard.engine.sampling_params import SamplingParams

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockyard.engine.model import files
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import ConfigError
+from blockyard.engine.model import files
 from blockyard.engine.model.files import prepare
 from blockyard.engine.sampling_params import SamplingParams
 

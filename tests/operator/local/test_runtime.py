@@ -20,8 +20,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from blockyard.operator.local.runtime import running_services
 from blockyard.operator.local.manifest import Machine, ManifestError, check_runs_here, read
+from blockyard.operator.local.runtime import running_services
 from blockyard.operator.view import overview
 
 TIMEOUT = 240.0
