@@ -8,7 +8,7 @@ WORKERS ?= 3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-MODULES := -p blockyard.kernels -p blockyard.engine -p blockyard.agent -p blockyard.operator -m blockyard.cli
+MODULES := -p blockyard.kernels -p blockyard.engine -p blockyard.agent -p blockyard.operator -m blockyard.cli -m blockyard.user_cache
 
 .PHONY: help demo test lint format crds gpu bench wheel clean
 

@@ -1,4 +1,7 @@
-"""The ``blockyard`` command: subcommands are thin, what they do is elsewhere."""
+"""The ``blockyard`` command: subcommands are thin, what they do is elsewhere.
+
+Each imports what it runs when it is run, so that a gateway is not made to load an agent.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_settings import BaseSettings
 
 from . import __version__
-from .agent.chat_client import chat
-from .agent.gateway import server as gateway
+from .agent.errors import SettingsError
 from .agent.gateway.settings import GatewaySettings
-from .agent.server import serve
 from .agent.settings import AgentSettings
 from .engine.errors import ConfigError, EngineError
 
@@ -99,7 +100,7 @@ def _operate(arguments: argparse.Namespace) -> int:
         from .operator import terminal
         from .operator.kube import KubeError
         from .operator.local.manifest import ManifestError
-        from .operator.settings import SettingsError
+        from .operator.settings import SettingsError as OperatorSettingsError
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"blockyard {arguments.command} needs {error.name}: pip install 'blockyard[operator]'"
@@ -109,7 +110,7 @@ def _operate(arguments: argparse.Namespace) -> int:
             return asyncio.run(terminal.up(arguments.manifest, arguments.port, arguments.keys))
         shown = terminal.show(arguments.namespace, here=arguments.local, follow=arguments.command == "top")
         return asyncio.run(shown)
-    except (KubeError, ManifestError, SettingsError) as error:
+    except (KubeError, ManifestError, OperatorSettingsError) as error:
         raise EngineError(str(error)) from None
 
 
@@ -120,8 +121,13 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command != "chat":
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         if arguments.command == "agent":
-            return asyncio.run(serve(AgentSettings.load(_flags(arguments, AgentSettings), arguments.config)))
+            from .agent import server
+
+            settings = AgentSettings.load(_flags(arguments, AgentSettings), arguments.config)
+            return asyncio.run(server.serve(settings))
         if arguments.command == "gateway":
+            from .agent.gateway import server as gateway
+
             return asyncio.run(gateway.serve(GatewaySettings.load(_flags(arguments, GatewaySettings))))
         if arguments.command in ("up", "status", "top"):
             return _operate(arguments)
@@ -130,8 +136,10 @@ def main(argv: list[str] | None = None) -> int:
             for name in ("temperature", "max_tokens")
             if (value := getattr(arguments, name)) is not None
         }
+        from .agent.chat_client import chat
+
         return chat(arguments.url, arguments.model, arguments.system, options)
-    except EngineError as error:
+    except (EngineError, SettingsError) as error:
         print(f"blockyard: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

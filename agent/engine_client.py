@@ -22,6 +22,7 @@ from ..engine.config import EngineConfig
 from ..engine.errors import ConfigError, EngineError, RequestError
 from ..engine.outputs import EngineStats, SequenceOutput
 from ..engine.sampling_params import SamplingParams
+from .engine_errors import EngineDied, InternalError, ShuttingDown
 from .messages import Abort, AddRequest, Command, Event, Failed, Outputs, Ready, Rejected, Shutdown, Stats
 from .wire import WireError, events, frame
 
@@ -29,18 +30,6 @@ log = logging.getLogger("blockyard.agent")
 
 EXIT_TIMEOUT = 5.0  # seconds the engine gets to leave by itself
 WATCH_STEPS = 8  # parts in which silence is waited for
-
-
-class EngineDied(EngineError):
-    """The engine process is gone; nothing can be computed any more."""
-
-
-class ShuttingDown(EngineError):
-    """The request was cut off because the server is being shut down."""
-
-
-class InternalError(EngineError):
-    """The engine could not cope with this request; the others go on."""
 
 
 class Generation:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from ..engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SEED, SamplingParams, Structure
+from .errors import BadRequest
 
 MAX_STOPS = 16
 MAX_CHOICES = 64
@@ -57,16 +58,6 @@ T = TypeVar("T", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # fail_fast: a million bad items must not become a million errors.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-
-
-class BadRequest(Exception):
-    """A request that is answered with a 4xx in OpenAI's error shape."""
-
-    def __init__(
-        self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400
-    ) -> None:
-        super().__init__(message)
-        self.param, self.code, self.status = param, code, status
 
 
 class Strict(BaseModel):
@@ -363,17 +354,6 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    error: ErrorBody
-
-
 def parse(model: type[T], body: bytes) -> T:
     """A request from its bytes. BadRequest names the first field at fault, its limit, and what was sent."""
     try:
@@ -435,9 +415,3 @@ def _shorten(value: object) -> str:
 
 def _shorten_text(text: str) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
-
-
-def error_body(
-    message: str, kind: str, *, param: str | None = None, code: str | None = None
-) -> ErrorResponse:
-    return ErrorResponse(error=ErrorBody(message=message, type=kind, param=param, code=code))

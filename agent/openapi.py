@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from .. import __version__
 from . import openai_api as api
 from .drain import DrainRequest
+from .errors import ErrorResponse
 from .prefix_sketch import PrefixReport
 from .protocol import AgentStatus
 
@@ -21,7 +22,7 @@ _RESPONSES: list[type[BaseModel]] = [
     api.ChatResponse,
     api.TokenizeResponse,
     api.ModelList,
-    api.ErrorResponse,
+    ErrorResponse,
     AgentStatus,
     PrefixReport,
 ]
@@ -48,7 +49,7 @@ def _operation(
 ) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "summary": summary,
-        "responses": {"200": good, **{str(s): _answer("error", api.ErrorResponse) for s in errors}},
+        "responses": {"200": good, **{str(s): _answer("error", ErrorResponse) for s in errors}},
     }
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}

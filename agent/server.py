@@ -28,12 +28,13 @@ from ..engine.sampling_params import SamplingParams
 from .bearer import has_token
 from .completion import ChatShape, Completion, CompletionShape, Piece, Shape
 from .drain import Drain, DrainRequest
-from .engine_client import EngineClient, EngineDied, Generation
-from .envelope import Handler, Unavailable, described, envelope, read_body
+from .engine_client import EngineClient, Generation
+from .engine_errors import EngineDied, described
+from .envelope import Handler, envelope, read_body
+from .errors import BadRequest, SettingsError, Unavailable
 from .messages import Ready
 from .metrics import Metrics, RequestTimer
 from .openai_api import (
-    BadRequest,
     ChatRequest,
     CompletionRequest,
     ModelCard,
@@ -44,7 +45,8 @@ from .openai_api import (
     parse,
 )
 from .openapi import document
-from .prefix_sketch import PrefixLog, chat_parts, prompt_parts, sketch
+from .prefix_log import PrefixLog
+from .prefix_sketch import chat_parts, prompt_parts, sketch
 from .prepare_model import prepare_in_child
 from .settings import AgentSettings
 from .status_board import StatusBoard
@@ -77,7 +79,7 @@ class Agent:
         self.prefixes = PrefixLog(self.board.incarnation)
         self._drain = Drain(self.board, self.engine, self.enter, self.cut_off)
         self.app = web.Application(
-            middlewares=[envelope, self._guard], client_max_size=settings.max_body_bytes
+            middlewares=[envelope(described), self._guard], client_max_size=settings.max_body_bytes
         )
         routes: list[tuple[str, str, Handler]] = [
             ("GET", "/v1/models", self.models),
@@ -518,12 +520,12 @@ async def serve(settings: AgentSettings) -> int:
             raise agent.engine.failure or EngineDied("the engine is gone")
         agent.enter("drained")
         return 0
-    except EngineError as error:
+    except (EngineError, SettingsError) as error:
         print(f"blockyard agent: {error}", flush=True, file=sys.stderr)
         agent.enter("failed")
         if agent.engine.ready is not None:
             await asyncio.sleep(EXIT_DELAY)  # probes and clients get an answer, not a refused connection
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError | SettingsError) else 1
     finally:
         for task in tasks:
             task.cancel()
@@ -533,11 +535,11 @@ async def serve(settings: AgentSettings) -> int:
 
 
 async def _listen(runner: web.AppRunner, settings: AgentSettings) -> int:
-    """The port that is listened on. ConfigError if it cannot be had."""
+    """The port that is listened on. SettingsError if it cannot be had."""
     try:
         await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
     except OSError as error:
-        raise ConfigError(
+        raise SettingsError(
             f"cannot listen on {settings.host}:{settings.port}: {error}; set host or port"
         ) from None
     return int(runner.addresses[0][1])

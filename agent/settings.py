@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ..engine.config import EngineConfig
-from ..engine.errors import ConfigError
+from .errors import SettingsError
 
 
 class AgentSettings(BaseSettings):
@@ -94,7 +94,7 @@ class AgentSettings(BaseSettings):
 
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None) -> AgentSettings:
-        """Merge flags, environment and file; ConfigError names each bad setting."""
+        """Merge flags, environment and file; SettingsError names each bad setting."""
         from_file = _read(file) if file is not None else {}
 
         class WithFile(cls):  # type: ignore[misc, valid-type]
@@ -108,7 +108,7 @@ class AgentSettings(BaseSettings):
         try:
             merged = WithFile(**flags)
         except ValidationError as error:
-            raise ConfigError("; ".join(map(_problem, error.errors(include_url=False)))) from None
+            raise SettingsError("; ".join(map(_problem, error.errors(include_url=False)))) from None
         return cls.model_construct(**{name: getattr(merged, name) for name in cls.model_fields})
 
 
@@ -128,4 +128,6 @@ def _read(file: Path) -> dict[str, Any]:
         text = file.read_text()
         return dict(tomllib.loads(text) if file.suffix == ".toml" else json.loads(text))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"config file {file} cannot be read as {file.suffix or 'JSON'}: {error}") from None
+        raise SettingsError(
+            f"config file {file} cannot be read as {file.suffix or 'JSON'}: {error}"
+        ) from None

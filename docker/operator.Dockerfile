@@ -4,7 +4,7 @@ ARG PYTHON=3.12.12-slim-bookworm
 
 FROM python:${PYTHON} AS wheel
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE __init__.py cli.py py.typed ./
+COPY pyproject.toml README.md LICENSE __init__.py cli.py user_cache.py py.typed ./
 COPY kernels kernels
 COPY engine engine
 COPY agent agent

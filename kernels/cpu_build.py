@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from ..user_cache import cache_folder
+
 log = logging.getLogger("blockyard.kernels")
 
 SOURCES = Path(__file__).parent / "cpu"
@@ -25,14 +27,6 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=
 CHOICE = "BLOCKYARD_CPU_KERNELS"
 LOCK_SECONDS = 600  # a build takes less than one minute; whoever waits this long for another's gives up
 _ops: Any = torch.ops
-
-
-def cache_folder() -> Path:
-    """Where built kernels are kept: $BLOCKYARD_CACHE, else the user's cache folder."""
-    base = os.environ.get("BLOCKYARD_CACHE")
-    if base:
-        return Path(base) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockyard" / "kernels"
 
 
 @cache
@@ -47,7 +41,7 @@ def load() -> bool:
     if choice == "reference":
         return False
     try:
-        library = cache_folder() / f"cpu-{_fingerprint()}.so"
+        library = cache_folder() / "kernels" / f"cpu-{_fingerprint()}.so"
         if not _is_loadable(library):
             _build_once(library)
             _ops.load_library(str(library))

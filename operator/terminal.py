@@ -17,6 +17,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from ..user_cache import cache_folder
 from .local.manifest import Machine, ManifestError, check_runs_here, read, usable_gpus
 from .local.runtime import LocalRuntime, running_services
 from .view import overview
@@ -28,10 +29,7 @@ Found = tuple[list[Raw], list[Raw]]  # LLMServices, KVMoves
 
 def runs_folder() -> Path:
     """Where local runtimes keep their logs and what they are doing."""
-    base = os.environ.get("BLOCKYARD_CACHE")
-    if base:
-        return Path(base) / "run"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockyard" / "run"
+    return cache_folder() / "run"
 
 
 async def up(manifest: Path, port: int, keys: Path | None) -> int:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from ..envelope import Unavailable
+from ..errors import Unavailable
 from ..prefix_sketch import Prefix
 from .fleet_view import Agent, FleetView
 from .metrics import GatewayMetrics

@@ -18,9 +18,10 @@ from typing import Any
 import aiohttp
 from pydantic import ValidationError
 
-from ..prefix_sketch import PrefixMirror, PrefixReport
+from ..prefix_sketch import PrefixReport
 from ..protocol import AgentStatus
 from .endpoints import Endpoint, Endpoints
+from .prefix_mirror import PrefixMirror
 from .routing import AgentView
 
 log = logging.getLogger("blockyard.gateway")

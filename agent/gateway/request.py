@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from ..openai_api import BadRequest
+from ..errors import BadRequest
 from ..prefix_sketch import Prefix, chat_parts, prompt_parts, sketch
 
 SEED_BITS = 53  # what a JSON number holds in every language

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
-from ..prefix_sketch import CHARACTERS_PER_TOKEN, Prefix, PrefixMirror
+from ..prefix_sketch import CHARACTERS_PER_TOKEN, Prefix
+from .prefix_mirror import PrefixMirror
 
 TOKENS_PER_REQUEST = 64  # computing so many prompt tokens again is weighed like one more request
 FULL_POOL = 16.0  # a pool without a free block is weighed like so many requests

@@ -21,10 +21,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from ...engine.errors import ConfigError
 from ..bearer import bearer, has_token
-from ..envelope import CLIENT_GONE, Handler, Unavailable, described, envelope, read_body
-from ..openai_api import BadRequest
+from ..envelope import CLIENT_GONE, Handler, envelope, read_body
+from ..errors import BadRequest, SettingsError, Unavailable, described
 from ..prefix_sketch import Prefix
 from .dispatch import Dispatch, Failure, Pick
 from .fleet_view import FleetView
@@ -60,7 +59,7 @@ class Gateway:
         self._fleet: FleetView | None = None
         self._session: aiohttp.ClientSession | None = None
         self.app = web.Application(
-            middlewares=[self._counted, envelope], client_max_size=settings.max_body_bytes
+            middlewares=[self._counted, envelope()], client_max_size=settings.max_body_bytes
         )
         routes: list[tuple[str, str, Handler]] = [
             ("POST", "/v1/chat/completions", self.complete),
@@ -463,7 +462,7 @@ async def serve(settings: GatewaySettings) -> int:
             gateway.app, handler_cancellation=True, access_log=None, shutdown_timeout=EXIT_DELAY
         )
         await runner.setup()
-    except ConfigError as error:
+    except SettingsError as error:
         print(f"blockyard gateway: {error}", flush=True, file=sys.stderr)
         return 2
     try:

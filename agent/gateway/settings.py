@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ...engine.errors import ConfigError
+from ..errors import SettingsError
 from .endpoints import Endpoints, FileEndpoints, ServiceAccount, SliceEndpoints
 
 
@@ -57,7 +57,7 @@ class GatewaySettings(BaseSettings):
 
     @classmethod
     def load(cls, flags: dict[str, Any]) -> GatewaySettings:
-        """Merge flags and environment; ConfigError names each bad setting."""
+        """Merge flags and environment; SettingsError names each bad setting."""
         try:
             settings = cls(**flags)
         except ValidationError as error:
@@ -66,19 +66,19 @@ class GatewaySettings(BaseSettings):
                 f"BLOCKYARD_GATEWAY_{name.upper()}): {e['msg']} (got {e['input']!r})"
                 for e in error.errors(include_url=False)
             ]
-            raise ConfigError("; ".join(problems)) from None
+            raise SettingsError("; ".join(problems)) from None
         in_kubernetes = settings.namespace is not None and settings.service is not None
         if in_kubernetes == (settings.agents_file is not None) or (
             not in_kubernetes and (settings.namespace or settings.service)
         ):
-            raise ConfigError(
+            raise SettingsError(
                 "where are the agents? Set either agents_file (BLOCKYARD_GATEWAY_AGENTS_FILE), or both "
                 "namespace and service (BLOCKYARD_GATEWAY_NAMESPACE, BLOCKYARD_GATEWAY_SERVICE)"
             )
         return settings
 
     def endpoints(self) -> Endpoints:
-        """Where the agents come from. ConfigError if Kubernetes is meant and not there."""
+        """Where the agents come from. SettingsError if Kubernetes is meant and not there."""
         if self.agents_file is not None:
             return FileEndpoints(self.agents_file)
         host, port = (
@@ -87,12 +87,12 @@ class GatewaySettings(BaseSettings):
         )
         account = ServiceAccount(self.serviceaccount)
         if not host:
-            raise ConfigError("KUBERNETES_SERVICE_HOST is not set; outside Kubernetes use agents_file")
+            raise SettingsError("KUBERNETES_SERVICE_HOST is not set; outside Kubernetes use agents_file")
         try:
             account.trust()
             account.headers()
         except OSError as error:
-            raise ConfigError(f"serviceaccount {self.serviceaccount}: {error}") from None
+            raise SettingsError(f"serviceaccount {self.serviceaccount}: {error}") from None
         host = f"[{host}]" if ":" in host else host
         assert self.namespace is not None and self.service is not None
         return SliceEndpoints(f"https://{host}:{port}", self.namespace, f"{self.service}-agents", account)

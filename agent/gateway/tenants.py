@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engine.errors import ConfigError
+from ..errors import SettingsError
 
 log = logging.getLogger("blockyard.gateway")
 
@@ -32,7 +32,7 @@ class Keys:
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """ConfigError if the folder cannot be read."""
+        """SettingsError if the folder cannot be read."""
         self._folder = folder
         self._clock = clock
         self._pepper = secrets.token_bytes(32)
@@ -42,7 +42,7 @@ class Keys:
         try:
             self._read()
         except OSError as error:
-            raise ConfigError(f"keys_dir {folder} cannot be read: {error}") from None
+            raise SettingsError(f"keys_dir {folder} cannot be read: {error}") from None
 
     def tenant(self, key: str) -> str | None:
         """Whose key it is; None if nobody's."""

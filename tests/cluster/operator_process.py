@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from blockyard.user_cache import cache_folder
+
 from .api import Raw
 from .cluster import Cluster
 from .container import Image
@@ -147,7 +149,7 @@ def prepare(cluster: Cluster, nodes: NodeStandIn) -> None:
         )
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     nodes.images[IMAGE] = Image(env={"PATH": path})
-    nodes.folders[CACHE] = Path(os.environ.get("BLOCKYARD_CACHE", Path.home() / ".cache/blockyard"))
+    nodes.folders[CACHE] = cache_folder()
 
 
 def manifest(name: str, namespace: str, **spec: Any) -> Raw:

@@ -59,7 +59,7 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolchain:
     """The only Go there is, and an empty cache folder."""
     made = Toolchain(tmp_path / "toolchain")
     monkeypatch.setenv("PATH", f"{made.folder}:{os.defpath}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("BLOCKYARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KUBEBUILDER_ASSETS", raising=False)
     return made
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
@@ -21,6 +20,7 @@ from blockyard.operator.events import Recorder
 from blockyard.operator.kube import Kube
 from blockyard.operator.observed import Service
 from blockyard.operator.settings import OperatorSettings
+from blockyard.user_cache import cache_folder
 
 from . import rights
 from .cluster import Cluster
@@ -52,7 +52,7 @@ def cluster(programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         try:
             nodes = made.nodes()
             nodes.images |= {"blockyard-operator:0.1.0": Image(), "blockyard-agent:0.1.0": Image()}
-            nodes.folders[CACHE] = Path(os.environ.get("BLOCKYARD_CACHE", Path.home() / ".cache/blockyard"))
+            nodes.folders[CACHE] = cache_folder()
             made.run(nodes.add(NODE, gpus=0))
             yield made
         finally:

@@ -18,7 +18,8 @@ import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from blockyard.agent.prefix_sketch import Prefix, PrefixLog
+from blockyard.agent.prefix_log import PrefixLog
+from blockyard.agent.prefix_sketch import Prefix
 from blockyard.agent.protocol import AgentStatus, TierStatus
 
 START_TIMEOUT = 60.0
@@ -27,7 +28,7 @@ START_TIMEOUT = 60.0
 class GatewayProcess:
     """Starts ``blockyard gateway`` on a free port; ``agents`` says who it serves."""
 
-    def __init__(self, folder: Path, agents: dict[str, str], *flags: str) -> None:
+    def __init__(self, folder: Path, agents: dict[str, str], *flags: str, **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "agents.json"
         self.log = folder / "gateway.log"
@@ -36,7 +37,10 @@ class GatewayProcess:
         command = [sys.executable, "-m", "blockyard.cli", "gateway", "--port", "0"]
         command += ["--agents-file", str(self._file), *flags]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self._output, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
         )
         self.url = ""
         self._announced = threading.Event()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from blockyard.agent.errors import SettingsError
 from blockyard.agent.gateway import endpoints
 from blockyard.agent.gateway.endpoints import (
     Endpoint,
@@ -23,7 +24,6 @@ from blockyard.agent.gateway.endpoints import (
     SliceEndpoints,
 )
 from blockyard.agent.gateway.settings import GatewaySettings
-from blockyard.engine.errors import ConfigError
 
 NAMESPACE, SERVICE = "team", "chat-agents"
 
@@ -406,15 +406,15 @@ def test_endpoints_of_equal_names_and_other_urls_are_others() -> None:
     ],
 )
 def test_a_setting_that_cannot_work_is_named(flags: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(SettingsError, match=says):
         GatewaySettings.load(flags)
 
 
 def test_outside_kubernetes_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     settings = GatewaySettings.load({"namespace": "a", "service": "b", "serviceaccount": tmp_path})
-    with pytest.raises(ConfigError, match="KUBERNETES_SERVICE_HOST is not set"):
+    with pytest.raises(SettingsError, match="KUBERNETES_SERVICE_HOST is not set"):
         settings.endpoints()
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
-    with pytest.raises(ConfigError, match=str(tmp_path)):
+    with pytest.raises(SettingsError, match=str(tmp_path)):
         settings.endpoints()

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockyard.agent.errors import BadRequest
 from blockyard.agent.gateway.replay import DONE, AgentFailed, BrokenStream, Diverged, Ledger
 from blockyard.agent.gateway.request import Ask
-from blockyard.agent.openai_api import BadRequest
 
 TOKENS = ["The", " cat", " sat", "\n", "é", "", "🙂", " on", " the", " mat", '"', " "]
 

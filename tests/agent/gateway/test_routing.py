@@ -9,14 +9,14 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockyard.agent.gateway.prefix_mirror import PrefixMirror
 from blockyard.agent.gateway.routing import OVER_MEAN, SLACK, AgentView, Choice, choose
+from blockyard.agent.prefix_log import PrefixLog
 from blockyard.agent.prefix_sketch import (
     BOUNDARIES,
     FIRST_STEP,
     MAX_ENTRIES,
     Prefix,
-    PrefixLog,
-    PrefixMirror,
     chat_parts,
     prompt_parts,
     sketch,

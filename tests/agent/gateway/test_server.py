@@ -80,11 +80,11 @@ class Scene:
 
 
 @contextlib.asynccontextmanager
-async def scene(folder: Path, count: int, *flags: str) -> AsyncIterator[Scene]:
+async def scene(folder: Path, count: int, *flags: str, **environment: str) -> AsyncIterator[Scene]:
     async with contextlib.AsyncExitStack() as stack:
         agents = [await stack.enter_async_context(ScriptedAgent(name)) for name in "abcdefgh"[:count]]
         listed = {agent.name: agent.url for agent in agents}
-        gateway = await asyncio.to_thread(GatewayProcess, folder, listed, *flags)
+        gateway = await asyncio.to_thread(GatewayProcess, folder, listed, *flags, **environment)
         client = await stack.enter_async_context(session())
         try:
             await all_ready(client, gateway.url, *listed)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from blockyard.agent.errors import SettingsError
 from blockyard.agent.gateway import tenants
 from blockyard.agent.gateway.tenants import LOOK_INTERVAL, ROUNDING, Keys, LimitReached, Limits
-from blockyard.engine.errors import ConfigError
 
 
 class Clock:
@@ -59,7 +59,7 @@ def test_a_secret_as_kubernetes_mounts_and_swaps_it(tmp_path: Path) -> None:
 def test_keys_that_cannot_be_read_stay_as_they_are(tmp_path: Path) -> None:
     clock = Clock()
     folder = tmp_path / "keys"
-    with pytest.raises(ConfigError, match="keys_dir"):
+    with pytest.raises(SettingsError, match="keys_dir"):
         Keys(folder)
     folder.mkdir()
     assert Keys(folder).tenant("anything") is None  # no keys yet: nobody gets in

@@ -23,6 +23,7 @@ from rich.console import Console
 from blockyard.operator.local.manifest import Machine, ManifestError, check_runs_here, read
 from blockyard.operator.local.runtime import running_services
 from blockyard.operator.view import overview
+from blockyard.user_cache import cache_folder
 
 TIMEOUT = 240.0
 MANIFEST = {
@@ -56,10 +57,9 @@ class Up:
 
     def __init__(self, manifest: Path, cache: Path) -> None:
         self.runs = cache / "run"
-        user_cache = Path(os.environ.get("BLOCKYARD_CACHE") or Path.home() / ".cache" / "blockyard")
         for shared in ("models", "kernels"):
-            (user_cache / shared).mkdir(parents=True, exist_ok=True)
-            (cache / shared).symlink_to(user_cache / shared)
+            (cache_folder() / shared).mkdir(parents=True, exist_ok=True)
+            (cache / shared).symlink_to(cache_folder() / shared)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
