@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from ..engine.errors import ConfigError, EngineError
 from ..engine.model.tokenizer import Tokenizer
 from ..engine.sampling_params import SamplingParams
-from .bearer import has_token
+from .bearer import Tokens
 from .completion import ChatShape, Completion, CompletionShape, Piece, Shape
 from .drain import Drain, DrainRequest
 from .engine_client import EngineClient, Generation
@@ -74,6 +74,7 @@ class Agent:
         self.engine = EngineClient(self._changed, settings.hang_timeout)
         self.board = StatusBoard(self.engine, settings.public_name, settings.max_queue)
         self.metrics = Metrics(self.board.report, settings.public_name)
+        self._tokens = Tokens(settings.token, settings.token_dir)
         self._tokenizer: Tokenizer | None = None
         self._created = int(time.time())
         self.prefixes = PrefixLog(self.board.incarnation)
@@ -137,8 +138,7 @@ class Agent:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Whoever cannot be identified gets health and metrics only."""
-        token = self.settings.token
-        if token is not None and request.path not in OPEN_PATHS and not has_token(request, token):
+        if request.path not in OPEN_PATHS and not self._tokens.accept(request):
             raise BadRequest(
                 "this server asks for its token as Authorization: Bearer", code="invalid_token", status=401
             )

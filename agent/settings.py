@@ -71,6 +71,9 @@ class AgentSettings(BaseSettings):
         min_length=1,
         description="bearer token to ask for everywhere but on /healthz, /readyz and /metrics",
     )
+    token_dir: Path | None = Field(
+        None, description="or a folder with it in a file token, which is read again when it changes"
+    )
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body; more get a 413")
     client_timeout: float = Field(
         60.0, gt=0, description="seconds a client may take to send its body or to take what is sent to it"

@@ -11,16 +11,19 @@ from typing import Any
 
 from .api import API_VERSION, GatewaySpec, LLMServiceSpec, PodTemplate, bytes_of
 from .merge import TemplateError, merge
-from .observed import AGENT, AGENT_PORT, REVISION, SERVICE, UNDRAINED, Service
+from .observed import AGENT, AGENT_PORT, REVISION, REVISION_ENV, SERVICE, UNDRAINED, Service
 
 __all__ = [
     "Defaults",
     "TemplateError",
+    "agent_labels",
     "agent_pod",
     "companions",
+    "owner_reference",
     "retired",
     "revision",
     "secret",
+    "secret_name",
     "selector",
     "url",
 ]
@@ -32,8 +35,10 @@ TOKEN_KEY = "token"
 EXIT_SECONDS = 30
 # Gateways take new requests for so long after SIGTERM: until everything that balances has heard of it.
 LINGER_SECONDS = 5
-_POD_FORMAT = 1  # counted when all agents' pods must be replaced although no spec has changed
+_POD_FORMAT = 2  # counted when all agents' pods must be replaced although no spec has changed
 _USER = 1000  # the images'
+# The token comes as files, which follow a changed Secret; an environment variable would not.
+_TOKEN_MOUNT: dict[str, Any] = {"name": "token", "mountPath": "/token", "readOnly": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,13 @@ def agent_pod(service: Service, name: str, revision: str, defaults: Defaults) ->
     """One agent's pod. TemplateError if spec.template does not fit."""
     spec = _spec(service)
     model, model_mounts, volumes = _model(spec)
-    mounts = [{"name": "cache", "mountPath": "/cache"}, {"name": "tmp", "mountPath": "/tmp"}, *model_mounts]
-    volumes += [_cache(spec), {"name": "tmp", "emptyDir": {}}]
+    mounts = [
+        {"name": "cache", "mountPath": "/cache"},
+        {"name": "tmp", "mountPath": "/tmp"},
+        _TOKEN_MOUNT,
+        *model_mounts,
+    ]
+    volumes += [_cache(spec), {"name": "tmp", "emptyDir": {}}, _token_volume(service)]
     if spec.tensor_parallel > 1:
         # Ranks talk through shared memory; a container's own /dev/shm has 64 MiB.
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
@@ -103,6 +113,7 @@ def agent_pod(service: Service, name: str, revision: str, defaults: Defaults) ->
         "env": [
             *_listen("BLOCKYARD", AGENT_PORT, defaults),
             *_settings(service, model),
+            {"name": REVISION_ENV, "value": revision},
             *_folders(),
             *_hub(spec),
         ],
@@ -125,9 +136,26 @@ def agent_pod(service: Service, name: str, revision: str, defaults: Defaults) ->
         "containers": [container],
         "volumes": volumes,
     }
-    labels = _labels(service, AGENT) | {REVISION: revision, UNDRAINED: "true"}
+    labels = agent_labels(service, revision)
     pod = _object(service, "v1", "Pod", name, AGENT, spec=pod_spec)
     return _templated(pod, spec.template, labels, AGENT, "spec.template")
+
+
+def agent_labels(service: Service, revision: str) -> dict[str, str]:
+    """The operator's own labels of an agent's pod that is not drained."""
+    return _labels(service, AGENT) | {REVISION: revision, UNDRAINED: "true"}
+
+
+def owner_reference(service: Service) -> dict[str, Any]:
+    """By which an object belongs to the service, and goes with it."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "LLMService",
+        "name": service.name,
+        "uid": service.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
 
 
 def _settings(service: Service, model: str) -> list[dict[str, Any]]:
@@ -155,14 +183,12 @@ def _settings(service: Service, model: str) -> list[dict[str, Any]]:
         "PREEMPTION": kv.preemption.lower(),
         "WATERMARK": kv.watermark_percent / 100,
         "GRACE_PERIOD": spec.drain.timeout_seconds,
+        "TOKEN_DIR": _TOKEN_MOUNT["mountPath"],
     }
     return [
-        *(
-            {"name": f"BLOCKYARD_{name}", "value": f"{value}"}
-            for name, value in settings.items()
-            if value is not None
-        ),
-        _from_secret("BLOCKYARD_TOKEN", f"{service.name}-internal", TOKEN_KEY),
+        {"name": f"BLOCKYARD_{name}", "value": f"{value}"}
+        for name, value in settings.items()
+        if value is not None
     ]
 
 
@@ -244,9 +270,13 @@ def retired(service: Service, defaults: Defaults) -> list[tuple[str, str, str]]:
 
 
 def secret(service: Service, token: str) -> dict[str, Any]:
-    """Secret NAME-internal. Create it once with a random token and never change it."""
+    """Secret NAME-internal, as it is first made; ``internal_secret`` keeps it."""
     data = {TOKEN_KEY: b64encode(token.encode()).decode()}
-    return _object(service, "v1", "Secret", f"{service.name}-internal", AGENT, type="Opaque", data=data)
+    return _object(service, "v1", "Secret", secret_name(service), AGENT, type="Opaque", data=data)
+
+
+def secret_name(service: Service) -> str:
+    return f"{service.name}-internal"
 
 
 def _agents_service(service: Service) -> dict[str, Any]:
@@ -281,6 +311,7 @@ def _budget(service: Service) -> dict[str, Any]:
     spec = {
         "minAvailable": 1_000_000,
         "selector": {"matchLabels": selector(service) | {UNDRAINED: "true"}},
+        "unhealthyPodEvictionPolicy": "IfHealthyBudget",  # the default, which nobody else can change then
     }
     return _object(service, "policy/v1", "PodDisruptionBudget", f"{service.name}-agents", AGENT, spec=spec)
 
@@ -344,19 +375,19 @@ def _gateway(service: Service, defaults: Defaults) -> dict[str, Any]:
         "REQUESTS_PER_MINUTE": spec.gateway.limits.requests_per_minute,
         "CONCURRENT_REQUESTS": spec.gateway.limits.concurrent_requests,
         "KEYS_DIR": None if spec.auth is None else "/keys",
+        "TOKEN_DIR": _TOKEN_MOUNT["mountPath"],
     }
     env = [
         *_listen("BLOCKYARD_GATEWAY", GATEWAY_PORT, defaults),
         _from_field("BLOCKYARD_GATEWAY_NAMESPACE", "metadata.namespace"),
-        _from_secret("BLOCKYARD_GATEWAY_TOKEN", f"{service.name}-internal", TOKEN_KEY),
         *(
             {"name": f"BLOCKYARD_GATEWAY_{name}", "value": f"{value}"}
             for name, value in settings.items()
             if value is not None
         ),
     ]
-    volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]
-    mounts: list[dict[str, Any]] = [{"name": "tmp", "mountPath": "/tmp"}]
+    volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}, _token_volume(service)]
+    mounts: list[dict[str, Any]] = [{"name": "tmp", "mountPath": "/tmp"}, _TOKEN_MOUNT]
     if spec.auth is not None:
         volumes.append({"name": "keys", "secret": {"secretName": spec.auth.secret_name}})
         mounts.append({"name": "keys", "mountPath": "/keys", "readOnly": True})
@@ -431,19 +462,11 @@ def _object(
     service: Service, api_version: str, kind: str, name: str, component: str, **content: Any
 ) -> dict[str, Any]:
     """An object that belongs to the service and goes with it."""
-    owner = {
-        "apiVersion": API_VERSION,
-        "kind": "LLMService",
-        "name": service.name,
-        "uid": service.uid,
-        "controller": True,
-        "blockOwnerDeletion": True,
-    }
     metadata = {
         "name": name,
         "namespace": service.namespace,
         "labels": _labels(service, component),
-        "ownerReferences": [owner],
+        "ownerReferences": [owner_reference(service)],
     }
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **content}
 
@@ -463,6 +486,10 @@ def _templated(
     if container not in (each["name"] for each in spec.get("containers") or ()):
         raise TemplateError(f"{field}.spec.containers: the container {container} must not be taken away")
     return pod | {"metadata": metadata, "spec": spec}
+
+
+def _token_volume(service: Service) -> dict[str, Any]:
+    return {"name": _TOKEN_MOUNT["name"], "secret": {"secretName": secret_name(service)}}
 
 
 def _listen(prefix: str, port: int, defaults: Defaults) -> list[dict[str, Any]]:

@@ -13,7 +13,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .kube import DEPLOYMENT, LLM_SERVICE, NODE, POD, Kind, Kube, Raw, controller_uid
+from .api import GROUP
+from .kube import (
+    DEPLOYMENT,
+    FIELD_MANAGER,
+    LLM_SERVICE,
+    NODE,
+    POD,
+    Kind,
+    Kube,
+    Raw,
+    controller,
+    controller_uid,
+    writers,
+)
 from .observed import SERVICE, Node, Pod, Service
 from .workqueue import Key
 
@@ -26,10 +39,27 @@ def key_of(raw: Raw) -> Key:
 
 
 def service_of(raw: Raw) -> Key:
-    """The service that an object's label names; ("", "") if none does."""
-    metadata = raw["metadata"]
-    name = (metadata.get("labels") or {}).get(SERVICE, "")
+    """The service that owns an object, or would by its label if nothing does; ("", "") if none.
+
+    Owner references decide: labels are easily taken off, and a selector of somebody else may want them.
+    """
+    metadata, owner = raw["metadata"], controller(raw)
+    if owner:
+        name = str(owner.get("name", "")) if owner.get("kind") == LLM_SERVICE.name else ""
+    else:
+        name = (metadata.get("labels") or {}).get(SERVICE, "")
     return (metadata.get("namespace") or "", name) if name else ("", "")
+
+
+def owned_by(raw: Raw, service: Service) -> bool:
+    """Whether an object is the service's: nothing else may ever be written.
+
+    It has the service as its controller; or it has no controller at all, names the service in its label and
+    was made by this operator, so that only its owner reference was taken off, which is put back.
+    """
+    if owner := controller(raw):
+        return owner.get("uid") == service.uid
+    return FIELD_MANAGER in writers(raw) and service_of(raw) == (service.namespace, service.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +153,28 @@ class Custom:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """A pod of one of our services."""
+    """A pod of one of our services, and of its metadata what a meddler may have changed."""
 
     key: Key
-    owner: str  # uid of the service
+    owner: str  # uid of the controller; "" if there is none
     pod: Pod
+    labels: Mapping[str, str]
+    made_here: bool  # by this operator, or by one before it
 
     @classmethod
     def of(cls, raw: Raw) -> Owned:
-        return cls(service_of(raw), controller_uid(raw), Pod.of(raw))
+        metadata = raw["metadata"]
+        return cls(
+            service_of(raw),
+            controller_uid(raw),
+            Pod.of(raw),
+            {name: value for name, value in (metadata.get("labels") or {}).items() if _is_ours(name)},
+            FIELD_MANAGER in writers(raw),
+        )
+
+
+def _is_ours(label: str) -> bool:
+    return label.startswith((f"{GROUP}/", "app.kubernetes.io/"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +200,7 @@ class Cluster:
     def __init__(self, dirty: Callable[[Key], None]) -> None:
         self._dirty = dirty
         self._pods_of: dict[Key, dict[str, Owned]] = {}
+        self._vanished: dict[Key, set[str]] = {}  # names of pods that went without having been deleted
         self.nodes_by_name: dict[str, Node] = {}
         self.services: Mirror[Custom] = Mirror(Custom.of, self._service_changed)
         self.pods: Mirror[Owned] = Mirror(Owned.of, self._pod_changed)
@@ -165,8 +209,24 @@ class Cluster:
 
     def pods_of(self, service: Service) -> dict[str, Pod]:
         """The pods that this very service owns, by uid."""
+        return {owned.pod.uid: owned.pod for owned in self.owned_by(service) if owned.owner}
+
+    def owned_by(self, service: Service) -> list[Owned]:
+        """The same with those whose owner reference was taken off."""
         found: Mapping[str, Owned] = self._pods_of.get((service.namespace, service.name), {})
-        return {uid: owned.pod for uid, owned in found.items() if owned.owner == service.uid}
+        return [
+            each
+            for each in found.values()
+            if each.owner == service.uid or (not each.owner and each.made_here)
+        ]
+
+    def take_vanished(self, service: Service) -> set[str]:
+        """Names of the service's pods that are gone from the watch although nobody deleted them.
+
+        The watch is one by label, and tells of a pod that has lost the label what it tells of one that is
+        gone: somebody has to look. Each name is given once.
+        """
+        return self._vanished.pop((service.namespace, service.name), set())
 
     async def relist(self, kube: Kube, namespaces: Sequence[str] = ()) -> None:
         """Read everything anew: at the start, and from time to time, for a watch that had to start over does
@@ -202,6 +262,8 @@ class Cluster:
                 self._pods_of.pop(before.key, None)
         if after is not None:
             self._pods_of.setdefault(after.key, {})[after.pod.uid] = after
+        elif before is not None and not before.pod.deleting:
+            self._vanished.setdefault(before.key, set()).add(before.pod.name)
         for owned in (before, after):
             if owned is not None and owned.key != ("", ""):
                 self._dirty(owned.key)

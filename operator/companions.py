@@ -1,7 +1,12 @@
 """Keeps what stands beside a service's agents (Services, gateway, budget, policies) as ``children`` wants it.
 
-Objects are applied when what is wanted of them changes, when a slow re-list finds them missing or no
-longer as wanted, and never otherwise: what was last found or made is remembered by digest and version.
+An object is written when what is wanted of it changes, when it is missing, or when somebody else has changed
+it, and never otherwise. For that the metadata of all companions is watched, and what each was last found or
+made as is remembered as a digest and a few numbers: bodies are not kept, so that memory stays flat. When the
+metadata says that an object may have changed, the object alone is read and compared.
+
+Only what belongs to the service (``cluster.owned_by``) is ever written. An object of somebody else that has
+the name of one of these is reported and left alone.
 """
 
 from __future__ import annotations
@@ -9,61 +14,180 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .cluster import MANAGED, Cluster, key_of, service_of
-from .kube import COMPANIONS, DEPLOYMENT, Kind, Kube, NotFound, Raw, kind_of
+from .cluster import MANAGED, Cluster, owned_by, service_of
+from .kube import (
+    COMPANIONS,
+    DEPLOYMENT,
+    DISRUPTION_BUDGET,
+    FIELD_MANAGER,
+    NETWORK_POLICY,
+    SERVICE,
+    Gone,
+    Kind,
+    Kube,
+    KubeError,
+    NotFound,
+    Raw,
+    controller,
+    kind_of,
+    writers,
+)
 from .observed import Service
 from .workqueue import Key
 
+log = logging.getLogger("blockyard.operator.companions")
+
 Name = tuple[str, str, str]  # apiVersion, kind, name
+
+MEND_PAUSE = 2.0  # seconds between two repairs of one object: another controller may want it otherwise
+WATCH_PAUSE = 2.0  # seconds before a watch that has failed is begun anew
+ABSENT_PAUSE = 300.0  # the same for a kind that the cluster does not have
+
+# What it means that one of these is missing, while the service seems to be well.
+PROTECTIONS = {
+    DISRUPTION_BUDGET: "agents can be evicted before they are drained",
+    NETWORK_POLICY: "agents can be reached from everywhere",
+    SERVICE: "clients or gateways do not find what they look for",
+}
+# Maps that are one value: a key more is another meaning.
+_ATOMIC = {"selector", "matchLabels", "podSelector", "namespaceSelector", "roleRef"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """An object that exists: its version, and the digest of what it was found to be ("": not as wanted)."""
+    """An object of a service that exists. ``digest`` is that of the body it agrees with ("": with none)."""
 
     digest: str
-    version: str
+    uid: str
+    version: int
+    mark: str  # changes with everything but the object's status
+
+    @classmethod
+    def of(cls, raw: Raw, digest: str) -> _Standing:
+        metadata = raw["metadata"]
+        return cls(digest, metadata["uid"], int(metadata["resourceVersion"]), _mark(metadata))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one look at a service's companions.
+
+    ``taken``: names that others have, each with its owner and a remedy. ``mended``: what others did and this
+    has undone. ``again``: seconds after which another look is due, if one is.
+    """
+
+    taken: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
+    again: float | None = None
 
 
 class Companions:
-    """What is known of all services' companions."""
+    """What is known of all services' companions. ``dirty`` is told the services that need a look."""
 
-    def __init__(self, kube: Kube, cluster: Cluster) -> None:
+    def __init__(
+        self,
+        kube: Kube,
+        cluster: Cluster,
+        dirty: Callable[[Key], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._kube = kube
         self._cluster = cluster
+        self._dirty = dirty
+        self._clock = clock
         self._standing: dict[Key, dict[Name, _Standing]] = {}
+        self._mended: dict[tuple[Key, Name], float] = {}  # when an object was last put back
+        self._lost: dict[Key, set[Name]] = {}  # objects that were deleted by others, until they are back
 
-    async def ensure(self, service: Service, wanted: Iterable[Raw], retired: Iterable[Name]) -> None:
-        """Apply what differs, in the given order, and delete what is not wanted any more."""
-        standing = self._standing.setdefault((service.namespace, service.name), {})
+    # ── One service ───────────────────────────────────────────────────────────────────────────────
+
+    async def ensure(self, service: Service, wanted: Iterable[Raw], retired: Iterable[Name]) -> Outcome:
+        """Write what differs, in the given order, and delete what is not wanted any more."""
+        key = service.namespace, service.name
+        standing = self._standing.setdefault(key, {})
+        taken: list[str] = []
+        mended: list[str] = []
+        again: float | None = None
         for body in wanted:
-            name = name_of(body)
-            digest = _digest(body)
+            name, digest = name_of(body), _digest(body)
             known = standing.get(name)
-            if known is not None and known.digest == digest and self._still_there(body):
+            if known is not None and known.digest == digest:
                 continue
-            made = await self._kube.apply(body)
+            if (wait := self._mended.get((key, name), -MEND_PAUSE) + MEND_PAUSE - self._clock()) > 0:
+                again = wait if again is None else min(wait, again)
+                continue
+            found = await self._kube.get(kind_of(body), service.namespace, name[2])
+            if found is not None and not owned_by(found, service):
+                standing.pop(name, None)
+                taken.append(taken_words(found, service))
+                continue
+            made = await self._write(body, found)
+            if words := self._meddled(key, name, known, found, made):
+                mended.append(words)
+                self._mended[key, name] = self._clock()
+            standing[name] = _Standing.of(made, digest)
             if kind_of(body) is DEPLOYMENT:
                 self._cluster.deployments.put(made)
-            standing[name] = _Standing(digest, made["metadata"]["resourceVersion"])
         for name in retired:
             if name in standing:
-                await self._kube.delete(_kind(name), service.namespace, name[2])
-                del standing[name]
+                await self._kube.delete(_kind(name), service.namespace, name[2], standing[name].uid)
+                standing.pop(name, None)
+        return Outcome(tuple(taken), tuple(mended), again)
 
-    def _still_there(self, body: Raw) -> bool:
-        """Deployments are watched, so that one that was deleted comes back at once."""
-        return kind_of(body) is not DEPLOYMENT or self._cluster.deployments.get(key_of(body)) is not None
+    async def _write(self, body: Raw, found: Raw | None) -> Raw:
+        """The object as it is when it agrees with ``body``; written only if it does not."""
+        if found is None:
+            # Not by force: if somebody makes an object of this name just now, theirs is not overwritten.
+            return await self._kube.apply(body, force=False)
+        if covers(found, body):
+            return found
+        metadata = body["metadata"] | {"uid": found["metadata"]["uid"]}
+        return await self._kube.apply(body | {"metadata": metadata}, force=True)
+
+    def _meddled(self, key: Key, name: Name, known: _Standing | None, found: Raw | None, made: Raw) -> str:
+        """What somebody else did and this has undone; "" if it was a change of the spec, or nothing."""
+        what = f"{name[1]} {name[2]}"
+        lost = self._lost.get(key, set())
+        was_lost = name in lost  # or has lost the label by which it is watched
+        lost.discard(name)
+        if found is None:
+            return f"{what} was deleted by somebody else and has been made again" if was_lost else ""
+        changed = made["metadata"]["resourceVersion"] != found["metadata"]["resourceVersion"]
+        unexpected = was_lost if known is None else not known.digest
+        if not (unexpected and changed):
+            return ""
+        who = next((manager for manager in writers(found) if manager != FIELD_MANAGER), "somebody else")
+        return f"{what} was changed by {who} and has been put back"
+
+    def missing(self, service: Service, wanted: Iterable[Raw]) -> tuple[str, ...]:
+        """Which protections are not there, or not as wanted, and what that means."""
+        standing = self._standing.get((service.namespace, service.name), {})
+        found = []
+        for body in wanted:
+            name, meaning = name_of(body), PROTECTIONS.get(kind_of(body))
+            known = standing.get(name)
+            if meaning is not None and (known is None or not known.digest):
+                state = "is missing" if known is None else "is not as it should be"
+                found.append(f"{name[1]} {name[2]} {state}: {meaning}")
+        return tuple(found)
 
     def forget(self, key: Key) -> None:
         self._standing.pop(key, None)
+        self._lost.pop(key, None)
+        self._mended = {each: when for each, when in self._mended.items() if each[0] != key}
 
-    async def relist(self, namespaces: Sequence[str], wanted_of: Callable[[Key], Mapping[Name, Raw]]) -> None:
-        """Compare all that is there with ``wanted_of(key)``: bodies by name, {} if the service is not there.
+    # ── All of them ───────────────────────────────────────────────────────────────────────────────
+
+    async def relist(
+        self, namespaces: Sequence[str], wanted_of: Callable[[Key], tuple[Service | None, Mapping[Name, Raw]]]
+    ) -> None:
+        """Compare all that is there with what ``wanted_of(key)`` wants: the service and bodies by name.
 
         A kind that the cluster does not have counts as empty.
         """
@@ -75,37 +199,138 @@ class Companions:
                         for item in page.items:
                             # Items of a list do not say what they are.
                             raw = {**item, "apiVersion": kind.api, "kind": kind.name}
-                            found.setdefault(service_of(raw), {})[name_of(raw)] = self._look(raw, wanted_of)
+                            key = service_of(raw)
+                            if (standing := self._look(key, raw, wanted_of)) is not None:
+                                found.setdefault(key, {})[name_of(raw)] = standing
                         await asyncio.sleep(0)
             except NotFound:
                 pass
             for key in found.keys() | self._standing.keys():
-                standing = self._standing.setdefault(key, {})
-                for name in [name for name in standing if name[:2] == (kind.api, kind.name)]:
-                    del standing[name]
-                standing.update(found.get(key, {}))
-                if not standing:
+                standing_now = self._standing.setdefault(key, {})
+                for name in [name for name in standing_now if name[:2] == (kind.api, kind.name)]:
+                    if name not in found.get(key, {}):
+                        self._lost.setdefault(key, set()).add(name)
+                    del standing_now[name]
+                standing_now.update(found.get(key, {}))
+                if not standing_now:
                     del self._standing[key]
 
-    def _look(self, raw: Raw, wanted_of: Callable[[Key], Mapping[Name, Raw]]) -> _Standing:
-        key, name, version = service_of(raw), name_of(raw), raw["metadata"]["resourceVersion"]
-        known = self._standing.get(key, {}).get(name)
-        if known is not None and known.version == version:
+    def _look(
+        self,
+        key: Key,
+        raw: Raw,
+        wanted_of: Callable[[Key], tuple[Service | None, Mapping[Name, Raw]]],
+    ) -> _Standing | None:
+        """None if the object is not the service's."""
+        known = self._standing.get(key, {}).get(name_of(raw))
+        if known is not None and known.version == int(raw["metadata"]["resourceVersion"]):
             return known
-        body = wanted_of(key).get(name)
-        return _Standing(_digest(body) if body is not None and covers(raw, body) else "", version)
+        service, bodies = wanted_of(key)
+        if service is None or not owned_by(raw, service):
+            return None
+        body = bodies.get(name_of(raw))
+        return _Standing.of(raw, _digest(body) if body is not None and covers(raw, body) else "")
+
+    async def watch(self, kind: Kind, namespace: str | None) -> None:
+        """Follow the metadata of one kind for ever. What changes or goes makes its service dirty."""
+        while True:
+            pause = WATCH_PAUSE
+            try:
+                version = await self._list_metadata(kind, namespace)
+                while True:
+                    async for change in self._kube.watch_metadata(kind, namespace, MANAGED, version):
+                        version = max(version, int(change.object["metadata"]["resourceVersion"]))
+                        if "uid" in change.object["metadata"]:  # else it is a bookmark
+                            self._told(kind, change.object, deleted=change.deleted)
+            except Gone:
+                continue
+            except NotFound:  # ServiceMonitors, where there is no Prometheus operator
+                pause = ABSENT_PAUSE
+            except KubeError as error:
+                log.warning("watch of %s failed, again in %g s: %s", kind.plural, pause, error)
+            await asyncio.sleep(pause)
+
+    async def _list_metadata(self, kind: Kind, namespace: str | None) -> int:
+        """Compare with all that is there now -> the version from which to watch."""
+        there: set[tuple[Key, str]] = set()
+        version = 0
+        async for page in self._kube.pages(kind, namespace, MANAGED, metadata_only=True):
+            version = page.version
+            for item in page.items:
+                there.add((service_of(item), item["metadata"]["name"]))
+                self._told(kind, item, deleted=False)
+        for key, standing in list(self._standing.items()):
+            if namespace not in (None, key[0]):
+                continue
+            for name, known in list(standing.items()):
+                of_kind = name[:2] == (kind.api, kind.name)
+                if of_kind and (key, name[2]) not in there and known.version <= version:
+                    self._gone(key, name)
+        return version
+
+    def _told(self, kind: Kind, raw: Raw, *, deleted: bool) -> None:
+        metadata = raw["metadata"]
+        key, name = service_of(raw), (kind.api, kind.name, str(metadata["name"]))
+        known = self._standing.get(key, {}).get(name)
+        if known is None or int(metadata["resourceVersion"]) <= known.version:
+            return
+        if deleted:
+            if known.uid == metadata["uid"]:
+                self._gone(key, name)
+        elif known.mark == _mark(metadata):  # its status
+            self._standing[key][name] = replace(known, version=int(metadata["resourceVersion"]))
+        else:
+            self._standing[key][name] = replace(
+                known, digest="", version=int(metadata["resourceVersion"]), mark=_mark(metadata)
+            )
+            self._dirty(key)
+
+    def _gone(self, key: Key, name: Name) -> None:
+        self._standing[key].pop(name)
+        self._lost.setdefault(key, set()).add(name)
+        self._dirty(key)
 
 
-def covers(there: Any, wanted: Any) -> bool:
-    """Is all that is wanted there, whatever else is? Lists agree item by item; empty is as good as absent."""
+def taken_words(found: Raw, service: Service) -> str:
+    """Whose object has the name, and what can be done about it."""
+    metadata, owner = found["metadata"], controller(found)
+    if owner:
+        whose = f"belongs to {owner.get('kind')} {owner.get('name')}"
+    elif who := next(iter(writers(found)), ""):
+        whose = f"is not this service's (it was last written by {who})"
+    else:
+        whose = "is not this service's"
+    return (
+        f"{found['kind']} {metadata['name']} {whose}, and {service.name} needs that name: "
+        "delete it, or give the LLMService another name"
+    )
+
+
+def _mark(metadata: Raw) -> str:
+    """What tells a change of an object from one of its status, of which the generation does not tell."""
+    labels, owners = metadata.get("labels") or {}, metadata.get("ownerReferences") or []
+    change = metadata.get("generation") or metadata["resourceVersion"]
+    return _digest({"uid": metadata["uid"], "change": change, "labels": labels, "owners": owners})
+
+
+def covers(there: Any, wanted: Any, *, exactly: bool = False) -> bool:
+    """Is all that is wanted there, whatever else is? Lists agree item by item; empty is as good as absent.
+
+    ``exactly``: a map may have no other keys. Selectors are like that.
+    """
     if isinstance(wanted, dict):
         there = {} if there is None else there
-        return isinstance(there, dict) and all(
-            covers(there.get(name), value) for name, value in wanted.items()
+        if not isinstance(there, dict) or (exactly and there.keys() - wanted.keys()):
+            return False
+        return all(
+            covers(there.get(name), value, exactly=exactly or name in _ATOMIC)
+            for name, value in wanted.items()
         )
     if isinstance(wanted, list):
         there = [] if there is None else there
-        return isinstance(there, list) and len(there) == len(wanted) and all(map(covers, there, wanted))
+        if not isinstance(there, list) or len(there) != len(wanted):
+            return False
+        return all(covers(*pair, exactly=exactly) for pair in zip(there, wanted, strict=True))
     return bool(there == wanted or (there is None and not wanted))
 
 

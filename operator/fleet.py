@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from pydantic import ValidationError
@@ -51,7 +52,7 @@ class _Agent:
     name: str
     ip: str
     port: int
-    token: str
+    tokens: tuple[str, ...]  # to be tried in this order
     since: float  # when it was first followed, by the loop's clock
     report: Report | None = None
     told: AgentStatus | None = None  # the status that the service was last marked dirty for
@@ -105,7 +106,9 @@ class Fleet:
         waits = (agent.since + FIRST_TIMEOUT - now for agent in agents if agent.report is None)
         return max(waits, default=0.0)
 
-    def follow(self, key: Key, pods: Mapping[str, Pod], token: str, *, scaled: bool = False) -> None:
+    def follow(
+        self, key: Key, pods: Mapping[str, Pod], tokens: tuple[str, ...], *, scaled: bool = False
+    ) -> None:
         """The pods of a service by uid. What is not among them is forgotten, report and all.
 
         ``scaled``: their load decides how many there are, so it is told soon.
@@ -118,15 +121,18 @@ class Fleet:
                 if agent is not None:
                     self._forget(uid)
                 continue
-            if agent is not None and (agent.ip, agent.port, agent.token) != (pod.ip, pod.port, token):
+            if agent is not None and (agent.ip, agent.port) != (pod.ip, pod.port):
                 self._forget(uid)
                 agent = None
             if agent is None:
                 now = asyncio.get_running_loop().time()
-                agent = _Agent(key, pod.name, pod.ip, pod.port, token, now)
+                agent = _Agent(key, pod.name, pod.ip, pod.port, tokens, now)
                 self._agents[uid] = agent
                 self._of.setdefault(key, set()).add(uid)
                 agent.task = asyncio.create_task(self._follow(agent), name=f"agent {pod.name}")
+            if agent.tokens != tokens:
+                agent.tokens = tokens
+                agent.wake.set()  # the new one may be what was wanting
             agent.urgent = pod.draining_since is not None
             if pod.ready and not agent.ready:
                 agent.wake.set()
@@ -147,13 +153,9 @@ class Fleet:
         if agent is None:
             return "the agent has no address yet"
         try:
-            async with self._session.post(
-                self._url(agent, "/drain"),
-                json={"timeout_s": timeout_s},
-                headers=self._headers(agent),
-                timeout=aiohttp.ClientTimeout(total=DRAIN_TIMEOUT),
-            ) as response:
-                status = await _status(response)
+            status = await self._ask(
+                agent, "POST", "/drain", limit=DRAIN_TIMEOUT, json={"timeout_s": timeout_s}
+            )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             return f"POST /drain of {agent.name}: {_words(error)}"
         agent.urgent = True
@@ -189,7 +191,9 @@ class Fleet:
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 self.errors += 1
                 since = None
-                self._take(agent, Report(None, _words(error), self._clock()))
+                now, before = self._clock(), agent.report
+                began = before.failing_since if before is not None else None
+                self._take(agent, Report(None, _words(error), now, now if began is None else began))
                 agent.wake.clear()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(agent.wake.wait(), backoff * random.uniform(0.5, 1.0))
@@ -204,13 +208,20 @@ class Fleet:
         query = {} if since is None else {"since": str(since), "wait": str(WAIT)}
         limit = FIRST_TIMEOUT if since is None else WAIT + MARGIN
         self.polls += 1
-        async with self._session.get(
-            self._url(agent, "/status"),
-            params=query,
-            headers=self._headers(agent),
-            timeout=aiohttp.ClientTimeout(total=limit),
-        ) as response:
-            return await _status(response)
+        return await self._ask(agent, "GET", "/status", limit=limit, params=query)
+
+    async def _ask(self, agent: _Agent, method: str, path: str, *, limit: float, **body: Any) -> AgentStatus:
+        """The agent's answer, which is its status; with the next token if it refuses one."""
+        timeout = aiohttp.ClientTimeout(total=limit)
+        url = self._url(agent, path)
+        for last, token in ((token == agent.tokens[-1], token) for token in agent.tokens):
+            headers = {"Authorization": f"Bearer {token}"}
+            async with self._session.request(
+                method, url, headers=headers, timeout=timeout, **body
+            ) as response:
+                if response.status != 401 or last:
+                    return await _status(response)
+        raise ValueError("there is no token for it")
 
     def _pause(self, agent: _Agent) -> float:
         if agent.urgent:
@@ -220,9 +231,6 @@ class Fleet:
     def _url(self, agent: _Agent, path: str) -> str:
         host = f"[{agent.ip}]" if ":" in agent.ip else agent.ip
         return f"http://{host}:{agent.port}{path}"
-
-    def _headers(self, agent: _Agent) -> dict[str, str]:
-        return {"Authorization": f"Bearer {agent.token}"}
 
     def _take(self, agent: _Agent, report: Report) -> None:
         """Keep the report, and mark the service dirty as soon as what changed is worth it."""

@@ -49,6 +49,10 @@ BACKOFF = 0.2  # seconds before the second attempt; doubled each time
 LONGEST_PAUSE = 10.0  # seconds between two attempts, whatever Retry-After asks for
 PAGE_SIZE = 500  # objects of a list that are held as JSON at once
 CONCURRENT_CALLS = 32
+WATCH_SECONDS = 240  # a watch is made anew so often, so that a dead connection is noticed
+_JSON = "application/json"
+_METADATA = f"{_JSON};as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+_METADATA_LIST = f"{_JSON};as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 Raw = dict[str, Any]
 
@@ -133,6 +137,14 @@ class Page:
     version: int
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a watch tells: an object as it is now, or as it was when it went."""
+
+    object: Raw
+    deleted: bool
+
+
 LLM_SERVICE = Kind(f"{GROUP}/{VERSION}", "LLMService", "llmservices")
 KV_MOVE = Kind(f"{GROUP}/{VERSION}", "KVMove", "kvmoves")
 POD = Kind("v1", "Pod", "pods")
@@ -170,10 +182,23 @@ def kind_of(body: Raw) -> Kind:
     return _KINDS[body["apiVersion"], body["kind"]]
 
 
+def controller(body: Raw) -> Raw:
+    """The reference to the object that owns this one as its controller; empty if there is none."""
+    owners: list[Raw] = body["metadata"].get("ownerReferences") or []
+    return next((owner for owner in owners if owner.get("controller")), {})
+
+
 def controller_uid(body: Raw) -> str:
     """uid of the object that owns this one as its controller; empty if there is none."""
-    owners = body["metadata"].get("ownerReferences") or ()
-    return next((str(owner["uid"]) for owner in owners if owner.get("controller")), "")
+    return str(controller(body).get("uid", ""))
+
+
+def writers(body: Raw) -> list[str]:
+    """Who has written the object, apart from its status, by field manager: who wrote last comes first."""
+    entries: list[Raw] = body["metadata"].get("managedFields") or []
+    known = [entry for entry in entries if entry.get("subresource") != "status"]
+    known.sort(key=lambda entry: str(entry.get("time", "")), reverse=True)
+    return list(dict.fromkeys(str(entry.get("manager", "")) for entry in known))
 
 
 async def load_credentials(settings: OperatorSettings) -> Configuration:
@@ -219,7 +244,7 @@ class Kube:
     ) -> None:
         self.credentials = credentials
         self.may_write: Callable[[], bool] = lambda: True  # asked before each attempt, but for Leases
-        credentials.connection_pool_maxsize = 2 * CONCURRENT_CALLS
+        credentials.connection_pool_maxsize = 0  # watches hold connections; calls are bounded below
         self._client = ApiClient(credentials)
         self._load = renew
         self._count = count
@@ -242,16 +267,66 @@ class Kube:
         except NotFound:
             return None
 
-    async def pages(self, kind: Kind, namespace: str | None = None, labels: str = "") -> AsyncIterator[Page]:
+    async def pages(
+        self, kind: Kind, namespace: str | None = None, labels: str = "", *, metadata_only: bool = False
+    ) -> AsyncIterator[Page]:
         """All objects as they are now, in pages of one moment. Gone if reading them takes minutes."""
         query = {"limit": str(PAGE_SIZE), **({"labelSelector": labels} if labels else {})}
+        accept = _METADATA_LIST if metadata_only else _JSON
         while True:
-            found = await self._call("list", kind, kind.path(namespace), query=query, limit=LIST_TIMEOUT)
+            found = await self._call(
+                "list", kind, kind.path(namespace), query=query, limit=LIST_TIMEOUT, accept=accept
+            )
             yield Page(found.get("items") or [], int(found["metadata"]["resourceVersion"]))
             after = found["metadata"].get("continue")
             if not after:
                 return
             query["continue"] = after
+
+    async def watch_metadata(
+        self, kind: Kind, namespace: str | None, labels: str, version: int
+    ) -> AsyncIterator[Change]:
+        """The metadata of what changes after ``version``, for WATCH_SECONDS.
+
+        Gone if the API server no longer knows that version: list again. KubeError for any other end.
+        """
+        query = {
+            "watch": "true",
+            "labelSelector": labels,
+            "resourceVersion": str(version),
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        url = f"{self.credentials.host}{kind.path(namespace)}?{urlencode(query)}"
+        headers = {"Accept": _METADATA, "User-Agent": FIELD_MANAGER}
+        if authorization := await self.authorization():
+            headers["Authorization"] = authorization
+        limit = aiohttp.ClientTimeout(total=WATCH_SECONDS + CALL_TIMEOUT, sock_connect=CALL_TIMEOUT)
+        try:
+            answer = (await self._client.call_api("GET", url, headers, _request_timeout=limit)).response
+            try:
+                self._counted("watch", kind, answer.status)
+                if answer.status != 200:
+                    raise _refusal("watch", kind.path(namespace), answer.status, _parsed(await answer.read()))
+                # Not line by line: the reader has a limit for lines, and an object may be longer.
+                rest = b""
+                async for data in answer.content.iter_any():
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in filter(None, lines):
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":
+                            raise _refusal(
+                                "watch",
+                                kind.path(namespace),
+                                int(event["object"].get("code") or 500),
+                                event["object"],
+                            )
+                        yield Change(event["object"], event["type"] == "DELETED")
+            finally:
+                answer.close()
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            self._counted("watch", kind, 0)
+            raise Unreachable(f"watch {kind.path(namespace)}: {error!r}") from error
 
     # ── Writing ───────────────────────────────────────────────────────────────────────────────────
 
@@ -269,15 +344,19 @@ class Kube:
                 raise
             return found
 
-    async def apply(self, body: Raw) -> Raw:
-        """Server-side apply: the fields in ``body`` become ours, whoever set them; other fields stay."""
+    async def apply(self, body: Raw, *, force: bool) -> Raw:
+        """Server-side apply: the fields in ``body`` become ours; other fields stay.
+
+        With ``force`` whoever set them; without, Conflict if somebody else has set one to another value.
+        Conflict too if metadata.uid is given and the object has another one.
+        """
         kind = kind_of(body)
         return await self._call(
             "patch",
             kind,
             kind.path(body["metadata"]["namespace"], body["metadata"]["name"]),
             method="PATCH",
-            query={"fieldManager": FIELD_MANAGER, "force": "true"},
+            query={"fieldManager": FIELD_MANAGER, "force": str(force).lower()},
             body=body,
             content="application/apply-patch+yaml",
         )
@@ -349,6 +428,7 @@ class Kube:
         query: dict[str, str] | None = None,
         body: Any = None,
         content: str = "application/json",
+        accept: str = _JSON,
         limit: float = CALL_TIMEOUT,
         attempts: int = ATTEMPTS,
     ) -> Raw:
@@ -361,7 +441,7 @@ class Kube:
                 async with self._slots:
                     if guarded and not self.may_write():
                         raise NotLeading(f"{verb} {path}: the Lease is not held")
-                    code, headers, data = await self._send(method, url, content, body, limit)
+                    code, headers, data = await self._send(method, url, accept, content, body, limit)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 self._counted(verb, kind, 0)
                 if attempt == attempts:
@@ -387,9 +467,9 @@ class Kube:
             self._count(verb, kind.name, code)
 
     async def _send(
-        self, method: str, url: str, content: str, body: Any, limit: float
+        self, method: str, url: str, accept: str, content: str, body: Any, limit: float
     ) -> tuple[int, Any, Raw]:
-        headers = {"Accept": "application/json", "Content-Type": content, "User-Agent": FIELD_MANAGER}
+        headers = {"Accept": accept, "Content-Type": content, "User-Agent": FIELD_MANAGER}
         if authorization := await self.authorization():
             headers["Authorization"] = authorization
         async with asyncio.timeout(limit):
@@ -397,15 +477,7 @@ class Kube:
                 method, url, headers, body, _request_timeout=aiohttp.ClientTimeout(total=limit)
             )
             data = await response.read()  # type: ignore[no-untyped-call]  # the client has no types there
-        try:
-            found = json.loads(data) if data else {}
-        except ValueError:  # a proxy's page
-            found = {"message": data[:500].decode(errors="replace")}
-        return (
-            response.status,
-            response.headers,
-            found if isinstance(found, dict) else {"message": str(found)},
-        )
+        return response.status, response.headers, _parsed(data)
 
     async def authorization(self) -> str | None:
         """The Authorization header for the next request, None for client certificates."""
@@ -419,6 +491,14 @@ class Kube:
             fresh = await self._load()
             self.credentials.api_key = fresh.api_key
             self.credentials.refresh_api_key_hook = fresh.refresh_api_key_hook
+
+
+def _parsed(data: bytes) -> Raw:
+    try:
+        found = json.loads(data) if data else {}
+    except ValueError:  # a proxy's page
+        found = {"message": data[:500].decode(errors="replace")}
+    return found if isinstance(found, dict) else {"message": str(found)}
 
 
 def _refusal(verb: str, path: str, code: int, data: Raw) -> ApiError:

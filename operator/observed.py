@@ -18,15 +18,19 @@ from .api import GROUP, LLMServiceSpec
 
 FINALIZER = f"{GROUP}/drain"
 PAUSED = f"{GROUP}/paused"  # annotation of an LLMService: "true" stops every change
+ROTATE = f"{GROUP}/rotate-token"  # annotation of an LLMService: a new value asks for a new internal token
 SERVICE = f"{GROUP}/service"  # label of every child
 REVISION = f"{GROUP}/revision"  # label of agent pods
+REVISION_ENV = "BLOCKYARD_POD_REVISION"  # the same in the container, where nobody can change it
 UNDRAINED = (
     f"{GROUP}/undrained"  # label of agent pods until they are drained; the PodDisruptionBudget selects it
 )
 DRAINING_SINCE = f"{GROUP}/draining-since"  # annotation of agent pods: a drain has begun, and when
 DRAIN_REASON = f"{GROUP}/drain-reason"  # annotation of agent pods: why
+RELEASED = f"{GROUP}/released"  # annotation of agent pods: UNDRAINED was taken off on purpose
 AGENT = "agent"  # the container in an agent's pod
 AGENT_PORT = 8000  # in a pod, which has an address of its own
+UNREADABLE_AFTER = 15.0  # seconds without a report after which a working agent no longer counts as ready
 
 # Reasons of a pod's problem that come from its phase or conditions; the others are the kubelet's own.
 UNSCHEDULABLE = "Unschedulable"
@@ -67,10 +71,12 @@ class Service:
     spec: LLMServiceSpec | None
     problem: str = ""
     status: Mapping[str, Any] = field(default_factory=dict)
+    rotate: str = ""  # what the annotation ROTATE says
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Self:
         metadata = raw["metadata"]
+        annotations = metadata.get("annotations") or {}
         spec, problem = _read_spec(raw.get("spec"))
         return cls(
             name=metadata["name"],
@@ -78,11 +84,12 @@ class Service:
             uid=metadata["uid"],
             generation=metadata.get("generation", 0),
             deleting="deletionTimestamp" in metadata,
-            paused=(metadata.get("annotations") or {}).get(PAUSED) == "true",
+            paused=annotations.get(PAUSED) == "true",
             created=seconds(metadata.get("creationTimestamp")) or 0.0,
             spec=spec,
             problem=problem,
             status=raw.get("status") or {},
+            rotate=annotations.get(ROTATE, ""),
         )
 
 
@@ -119,11 +126,15 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an agent answered when it was last asked: its status, or why there is none."""
+    """What an agent answered when it was last asked: its status, or why there is none.
+
+    ``failing_since`` is when the first of the attempts that have failed since the last status was made.
+    """
 
     status: AgentStatus | None
     error: str = ""
     at: float = 0.0
+    failing_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +184,12 @@ class Pod:
             phase=status.get("phase") or "Pending",
             ready=_condition(status, "Ready").get("status") == "True",
             running="running" in (container.get("state") or {}),
-            revision=labels.get(REVISION, ""),
+            revision=_revision(spec) or labels.get(REVISION, ""),
             created=seconds(metadata.get("creationTimestamp")) or 0.0,
             scheduled=seconds(scheduled.get("lastTransitionTime")) if spec.get("nodeName") else None,
             deleting="deletionTimestamp" in metadata,
-            undrained=UNDRAINED in labels,
+            # Somebody else may have taken the label off: that alone does not mean that the agent is drained.
+            undrained=UNDRAINED in labels or RELEASED not in annotations,
             draining_since=seconds(annotations.get(DRAINING_SINCE)),
             drain_reason=annotations.get(DRAIN_REASON, ""),
             restarts=container.get("restartCount", 0),
@@ -190,6 +202,11 @@ class Pod:
     def agent(self) -> AgentStatus | None:
         """The agent's status, if it answered when it was last asked."""
         return self.report.status if self.report is not None and not self.report.error else None
+
+    @property
+    def unreadable_since(self) -> float | None:
+        """Since when the report of an agent that runs cannot be read; None if it can, or does not run."""
+        return self.report.failing_since if self.running and self.report is not None else None
 
     @property
     def finished(self) -> bool:
@@ -228,7 +245,9 @@ class Observed:
 
     ``pods`` are its agents' pods, terminating ones included; ``nodes`` all nodes by name. ``revision`` is
     what ``children.revision`` says of the spec ("" without one). ``refused`` is what the API server answered
-    to the last write that it refused, until one goes through.
+    to the last write that it refused, until one goes through. ``taken`` says which objects that it needs have
+    names that others took, ``missing`` which of its protections are not there, both in words. ``occupied``
+    are names that its pods cannot have.
     """
 
     service: Service
@@ -238,6 +257,19 @@ class Observed:
     gateway_ready: int
     now: float
     refused: str = ""
+    taken: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    occupied: frozenset[str] = frozenset()
+
+
+def _revision(spec: Mapping[str, Any]) -> str:
+    """What the pod was made from, from its container's environment, which cannot be changed."""
+    container: Mapping[str, Any] = next(
+        (c for c in spec.get("containers") or () if c.get("name") == AGENT), {}
+    )
+    return next(
+        (str(e.get("value")) for e in container.get("env") or () if e.get("name") == REVISION_ENV), ""
+    )
 
 
 def _condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:

@@ -11,10 +11,10 @@ pause.
 from __future__ import annotations
 
 import asyncio
-import base64
+import contextlib
+import itertools
 import logging
 import random
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -24,13 +24,24 @@ from typing import Any
 from . import autoscale, children, replicas, status
 from .autoscale import Scale
 from .children import Defaults, TemplateError
-from .cluster import Cluster, Custom
+from .cluster import Cluster, Custom, Owned, owned_by
 from .companions import Companions, Name, name_of
 from .events import Recorder
 from .fleet import Fleet
-from .kube import LLM_SERVICE, POD, SECRET, ApiError, Conflict, Kube, KubeError, NotLeading, Raw
+from .internal_secret import OVERLAP, InternalSecrets
+from .kube import COMPANIONS, LLM_SERVICE, POD, ApiError, Conflict, Kube, KubeError, NotLeading, Raw
 from .metrics import Metrics
-from .observed import DRAIN_REASON, DRAINING_SINCE, FINALIZER, UNDRAINED, Observed, Pod, Service, stamp
+from .observed import (
+    DRAIN_REASON,
+    DRAINING_SINCE,
+    FINALIZER,
+    RELEASED,
+    UNDRAINED,
+    Observed,
+    Pod,
+    Service,
+    stamp,
+)
 from .replicas import Action, Create, Delete, Drain, Release
 from .workqueue import Key, WorkQueue
 
@@ -40,6 +51,9 @@ ROUND_TIMEOUT = 120.0  # seconds for one round
 LOAD_INTERVAL = 30.0  # seconds between two writes of a status in which only load has changed
 RESYNC_SPREAD = 30.0  # seconds over which a re-list's rounds are spread
 RESYNC_RETRY = 5.0
+SECRET_INTERVAL = 10.0  # seconds after which a service's Secret is looked at again
+SECRETS_PER_SECOND = 20.0  # at most, in all services
+TAKEN_RETRY = 15.0  # seconds after which a name that others had is tried again
 DRAIN_RETRY = 2.0  # seconds after an agent could not be asked to drain; until the drain's deadline
 
 # The service that the running task works for; log lines carry it.
@@ -59,6 +73,7 @@ class Reconciler:
         metrics: Metrics,
         defaults: Defaults,
         clock: Callable[[], float] = time.time,
+        token_overlap: float = OVERLAP,
     ) -> None:
         self._kube = kube
         self._cluster = cluster
@@ -68,15 +83,17 @@ class Reconciler:
         self._metrics = metrics
         self._defaults = defaults
         self._clock = clock
-        self._companions = Companions(kube, cluster)
-        self._tokens: dict[str, str] = {}  # agents' token by uid of the service
+        self._companions = Companions(kube, cluster, queue.add)
+        self._secrets = InternalSecrets(kube, token_overlap)
+        self._taken: dict[Key, tuple[str, ...]] = {}  # names that others have, in words
+        self._occupied: dict[Key, set[str]] = {}  # names that no pod of the service can have
         self._uids: dict[Key, str] = {}  # the services that have been seen
         self._refused: dict[Key, str] = {}  # what the API server last refused, until a round goes through
         self._load_written: dict[Key, float] = {}  # when a status was last written
 
     async def run(self, workers: int, namespaces: Sequence[str], resync_seconds: float) -> None:
         """List everything, then work until cancelled; then again, though others may have acted meanwhile."""
-        self._tokens.clear()
+        self._secrets.doubt()
         self._refused.clear()
         await self._resync(namespaces)
         for custom in self._cluster.services:
@@ -85,6 +102,9 @@ class Reconciler:
             for number in range(workers):
                 tasks.create_task(self._work(), name=f"worker {number}")
             tasks.create_task(self._resync_often(namespaces, resync_seconds), name="resync")
+            tasks.create_task(self._look_at_secrets(), name="secrets")
+            for kind, namespace in itertools.product(COMPANIONS, namespaces or (None,)):
+                tasks.create_task(self._companions.watch(kind, namespace), name=f"watch {kind.plural}")
 
     async def _work(self) -> None:
         while True:
@@ -136,14 +156,30 @@ class Reconciler:
                 log.warning("re-list failed, again in %g s: %s", RESYNC_RETRY, error)
                 await asyncio.sleep(RESYNC_RETRY)
 
-    def _wanted(self, key: Key) -> Mapping[Name, Raw]:
+    async def _look_at_secrets(self) -> None:
+        """Read the services' Secrets one after another, for ever; those that somebody has changed are due."""
+        while True:
+            services = [custom.service for custom in self._cluster.services]
+            pause = max(SECRET_INTERVAL / max(1, len(services)), 1 / SECRETS_PER_SECOND)
+            await asyncio.sleep(pause)
+            for service in services:
+                if not (service.deleting or service.paused or service.uid not in self._uids.values()):
+                    with contextlib.suppress(KubeError):
+                        if await self._secrets.changed(service):
+                            self._queue.add((service.namespace, service.name))
+                await asyncio.sleep(pause)
+
+    def _wanted(self, key: Key) -> tuple[Service | None, Mapping[Name, Raw]]:
+        """A service, and what should stand beside its agents."""
         custom = self._cluster.services.get(key)
-        if custom is None or custom.service.spec is None:
-            return {}
+        if custom is None:
+            return None, {}
+        service = custom.service
         try:
-            return {name_of(body): body for body in children.companions(custom.service, self._defaults)}
+            bodies = [] if service.spec is None else children.companions(service, self._defaults)
         except TemplateError:
-            return {}
+            bodies = []
+        return service, {name_of(body): body for body in bodies}
 
     # ── One round ─────────────────────────────────────────────────────────────────────────────────
 
@@ -175,7 +211,8 @@ class Reconciler:
         current = self._cluster.services.get(key)
         if current is not None and current.service.uid == service.uid:
             # The status tells of the spec that this round has worked on, not of one that came meanwhile.
-            observed = self._observe(replace(service, status=current.service.status), revision)
+            missing = () if service.deleting else self._companions.missing(service, wanted)
+            observed = self._observe(replace(service, status=current.service.status), revision, missing)
             await self._write_status(key, observed, done)
             # A scaling that has just failed is tried again with the round, after the queue's pause.
             for seconds in (replicas.due(observed), None if problem else autoscale.due(observed)):
@@ -195,7 +232,8 @@ class Reconciler:
         except TemplateError as error:
             return replace(service, spec=None, problem=str(error)), "", []
 
-    def _observe(self, service: Service, revision: str) -> Observed:
+    def _observe(self, service: Service, revision: str, missing: tuple[str, ...] = ()) -> Observed:
+        key = service.namespace, service.name
         gateway = self._cluster.deployments.get((service.namespace, f"{service.name}-gateway"))
         return Observed(
             service=service,
@@ -207,19 +245,65 @@ class Reconciler:
             revision=revision,
             gateway_ready=0 if gateway is None else gateway.ready,
             now=self._clock(),
-            refused=self._refused.get((service.namespace, service.name), ""),
+            refused=self._refused.get(key, ""),
+            taken=self._taken.get(key, ()),
+            missing=missing,
+            occupied=frozenset(self._occupied.get(key, ())),
         )
 
     async def _prepare(self, custom: Custom, service: Service, wanted: list[Raw]) -> None:
         """Make what is there before agents are and beside them, and follow those that are."""
-        if not service.deleting and service.spec is not None and not service.paused:
+        key = service.namespace, service.name
+        acts = not service.deleting and service.spec is not None and not service.paused
+        if acts:
             await self._hold(custom)
-            await self._token(service, make=True)
-            await self._companions.ensure(service, wanted, children.retired(service, self._defaults))
-        if token := await self._token(service, make=False):
-            key = (service.namespace, service.name)
+        if not service.paused:
+            await self._repair_pods(service)
+        secret = await self._secrets.ensure(service, write=acts)
+        taken = [secret.taken] if secret.taken else []
+        mended = [secret.mended] if secret.mended else []
+        waits = [secret.again]
+        if acts:
+            kept = await self._companions.ensure(service, wanted, children.retired(service, self._defaults))
+            taken += kept.taken
+            mended += kept.mended
+            waits.append(kept.again)
+        if taken:
+            waits.append(TAKEN_RETRY)  # what is not ours is not watched
+        self._taken[key] = tuple(taken)
+        for seconds in waits:
+            if seconds is not None:
+                self._queue.add_after(key, seconds)
+        for message in mended:
+            log.warning("%s", message)
+            await self._recorder.emit(service, "Warning", "Restored", "Restore", message)
+        if secret.tokens:
             scaled = service.spec is not None and service.spec.autoscaling is not None
-            self._fleet.follow(key, self._cluster.pods_of(service), token, scaled=scaled)
+            self._fleet.follow(key, self._cluster.pods_of(service), secret.tokens, scaled=scaled)
+
+    async def _repair_pods(self, service: Service) -> None:
+        """Put back labels and owner references of the service's pods that somebody has changed."""
+        for name in self._cluster.take_vanished(service):
+            found = await self._kube.get(POD, service.namespace, name)
+            if found is not None and owned_by(found, service):
+                await self._repair_pod(service, Owned.of(found))
+        for owned in self._cluster.owned_by(service):
+            await self._repair_pod(service, owned)
+
+    async def _repair_pod(self, service: Service, owned: Owned) -> None:
+        pod = owned.pod
+        labels: dict[str, str | None] = {**children.agent_labels(service, pod.revision)}
+        if not pod.undrained:
+            labels[UNDRAINED] = None
+        if pod.deleting or (owned.owner and all(owned.labels.get(name) == labels[name] for name in labels)):
+            return
+        metadata: dict[str, Any] = {"labels": labels}
+        if not owned.owner:
+            metadata["ownerReferences"] = [children.owner_reference(service)]
+        await self._annotate(service, pod, metadata)
+        message = f"labels or owner of pod {pod.name} were changed by somebody else and have been put back"
+        log.warning("%s", message)
+        await self._recorder.emit(service, "Warning", "Restored", "Restore", message)
 
     async def _converge(
         self, custom: Custom, service: Service, revision: str, done: list[Action | Scale]
@@ -239,10 +323,12 @@ class Reconciler:
                 done.append(scale)
                 return
         actions = replicas.plan(observed)
+        if self._taken.get((service.namespace, service.name)):
+            # New agents would be reached by whoever has the name, or could not start.
+            actions = [action for action in actions if not isinstance(action, Create)]
         if any(isinstance(action, Create) for action in actions):
             # A Secret that somebody deleted would keep new agents from starting.
-            self._tokens.pop(service.uid, None)
-            await self._token(service, make=True)
+            await self._secrets.ensure(service, write=True, look=True)
         for action in actions:
             await self._carry_out(service, revision, action)
             done.append(action)
@@ -277,20 +363,6 @@ class Reconciler:
             await self._kube.merge(LLM_SERVICE, service.namespace, service.name, patch)
         )
 
-    async def _token(self, service: Service, *, make: bool) -> str:
-        """What agents and operator know each other by; empty if there is none and it is not to be made."""
-        if (known := self._tokens.get(service.uid)) is not None:
-            return known
-        body = children.secret(service, secrets.token_urlsafe(32))
-        found = await self._kube.get(SECRET, service.namespace, body["metadata"]["name"])
-        if found is None:
-            if not make:
-                return ""
-            found = await self._kube.create(body)
-        token = base64.b64decode((found.get("data") or {}).get("token") or "").decode(errors="replace")
-        self._tokens[service.uid] = token
-        return token
-
     # ── Actions ───────────────────────────────────────────────────────────────────────────────────
 
     async def _carry_out(self, service: Service, revision: str, action: Action) -> None:
@@ -298,7 +370,11 @@ class Reconciler:
         match action:
             case Create(name=name):
                 body = children.agent_pod(service, name, revision, self._defaults)
-                self._cluster.pods.put(await self._kube.create(body))
+                try:
+                    self._cluster.pods.put(await self._kube.create(body))
+                except Conflict:  # something that is not ours has this name
+                    self._occupied.setdefault((service.namespace, service.name), set()).add(name)
+                    self._queue.add((service.namespace, service.name))
             case Drain(pod=pod, reason=reason, timeout_s=timeout_s):
                 if pod.draining_since is None or pod.drain_reason != reason:
                     since = pod.draining_since if pod.draining_since is not None else self._clock()
@@ -308,7 +384,9 @@ class Reconciler:
                     log.info("%s; again in %g s", problem, DRAIN_RETRY)
                     self._queue.add_after((service.namespace, service.name), DRAIN_RETRY)
             case Release(pod=pod):
-                await self._annotate(service, pod, {"labels": {UNDRAINED: None}})
+                await self._annotate(
+                    service, pod, {"labels": {UNDRAINED: None}, "annotations": {RELEASED: "true"}}
+                )
             case Delete(pod=pod, force=force):
                 grace = 0 if force else None
                 left = await self._kube.delete(POD, service.namespace, pod.name, pod.uid, grace)
@@ -370,10 +448,12 @@ class Reconciler:
 
     def _forget(self, key: Key, uid: str) -> None:
         """The service, in that life, is gone."""
-        self._fleet.follow(key, {}, "")
+        self._fleet.follow(key, {}, ())
         self._companions.forget(key)
         self._recorder.forget(uid)
-        self._tokens.pop(uid, None)
+        self._secrets.forget(uid)
+        self._taken.pop(key, None)
+        self._occupied.pop(key, None)
         self._uids.pop(key, None)
         self._refused.pop(key, None)
         self._load_written.pop(key, None)

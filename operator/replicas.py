@@ -26,7 +26,7 @@ from typing import Any
 
 from . import reasons
 from .api import DrainSpec
-from .observed import Observed, Pod, seconds
+from .observed import UNREADABLE_AFTER, Observed, Pod, seconds
 
 NODE_LAG = 15.0  # seconds in which a node may still be unheard of when a pod has been put on it
 NODE_PATIENCE = 60.0  # seconds for which a node may be not ready before its agents are given up
@@ -38,7 +38,10 @@ _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own for names: no vowel
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """Make a pod of this name. Use a plain create: "already exists" means that it is done."""
+    """Make a pod of this name. Use a plain create: a pod of ours with that name means that it is done.
+
+    If anything else has the name, plan again with the name among ``Observed.occupied``.
+    """
 
     name: str
     reason: str
@@ -60,7 +63,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Take the label UNDRAINED off: the PodDisruptionBudget lets the pod go."""
+    """Take the label UNDRAINED off and write RELEASED: the PodDisruptionBudget lets the pod go."""
 
     pod: Pod
 
@@ -125,6 +128,17 @@ def leaving(pod: Pod) -> bool:
     return asked or (pod.agent is not None and pod.agent.state in ("draining", "drained"))
 
 
+def unreadable(pod: Pod, observed: Observed) -> bool:
+    """Its agent should be at work, and for a while nobody has been able to tell whether it is."""
+    since = pod.unreadable_since
+    return pod.ready and since is not None and observed.now >= since + UNREADABLE_AFTER
+
+
+def serving(pod: Pod, observed: Observed) -> bool:
+    """It takes requests, as far as can be told."""
+    return pod.ready and not unreadable(pod, observed)
+
+
 def works(pod: Pod) -> bool:
     """Its agent says that it serves, whatever the pod's condition says at the moment."""
     return pod.agent is not None and pod.agent.state == "ready"
@@ -161,6 +175,8 @@ class _Round:
         for pod in self.observed.pods:
             if (since := _node_trouble(pod, self.observed)[0]) is not None:
                 self.times.append(since)
+            if pod.unreadable_since is not None:
+                self.times.append(pod.unreadable_since + UNREADABLE_AFTER)
             if gone(pod, self.observed):
                 ended.append(pod)
             else:
@@ -320,7 +336,7 @@ def _load(pod: Pod) -> str:
 
 def _free_names(observed: Observed) -> Iterator[str]:
     """Names for new pods: always the same ones in the same order, without those that exist."""
-    taken = {pod.name for pod in observed.pods}
+    taken = {pod.name for pod in observed.pods} | observed.occupied
     for slot in itertools.count():
         facts = f"{observed.service.uid} {observed.revision} {slot}"
         number = int.from_bytes(hashlib.sha256(facts.encode()).digest())

@@ -14,8 +14,21 @@ from . import autoscale, reasons
 from .api import AgentLine, Condition, Decision, LLMServiceStatus, PoolStatus, TierPool, quantity
 from .autoscale import Scale
 from .children import selector, url
-from .observed import PAUSED, Observed, Pod, stamp
-from .replicas import Action, Create, Delete, Drain, Release, gone, leaving, lost, misplaced, outdated
+from .observed import PAUSED, UNREADABLE_AFTER, Observed, Pod, stamp
+from .replicas import (
+    Action,
+    Create,
+    Delete,
+    Drain,
+    Release,
+    gone,
+    leaving,
+    lost,
+    misplaced,
+    outdated,
+    serving,
+    unreadable,
+)
 
 LONGEST_MESSAGE = 1024
 MOST_AGENTS = 64
@@ -102,7 +115,7 @@ class _View:
         self.present = [pod for pod in observed.pods if not gone(pod, observed)]
         self.staying = [pod for pod in self.present if not leaving(pod)]
         self.going = [pod for pod in self.present if leaving(pod)]
-        self.ready = [pod for pod in self.staying if pod.ready]
+        self.ready = [pod for pod in self.staying if serving(pod, observed)]
         self.troubles = list(self._troubles())
 
     def _troubles(self) -> Iterator[tuple[str, str]]:
@@ -117,6 +130,9 @@ class _View:
                 found.setdefault(reason, []).append((pod.name, words))
             elif pod.agent is not None and pod.agent.state == "failed" and not pod.deleting:
                 found.setdefault(reasons.AGENT_FAILED, []).append((pod.name, "its engine has failed"))
+            elif unreadable(pod, self.observed) and pod.report is not None:
+                words = f"its status has not been readable for {UNREADABLE_AFTER:.0f} s: {pod.report.error}"
+                found.setdefault(reasons.REPORTS_UNREADABLE, []).append((pod.name, words))
         for reason, pods in found.items():
             more = f" and {len(pods) - 1} more" if len(pods) > 1 else ""
             yield reason, f"agent {pods[0][0]}{more}: {reason}: {pods[0][1]}"
@@ -133,6 +149,8 @@ class _View:
             return "False", reasons.INVALID_SPEC, service.problem
         if self.spec.replicas == 0:
             return "True", reasons.SCALED_TO_ZERO, "no agents are wanted"
+        if self.observed.taken:
+            return "False", reasons.NAME_TAKEN, "; ".join(self.observed.taken)
         enough = max(1, self.spec.replicas - self.spec.rollout.max_unavailable)
         if len(self.ready) < enough:
             if self.observed.refused:
@@ -175,8 +193,11 @@ class _View:
             return "True", reasons.INVALID_SPEC, self.observed.service.problem
         if self.observed.refused:
             return "True", reasons.REFUSED, self.observed.refused
-        if self.troubles:
-            return "True", self.troubles[0][0], "; ".join(words for _, words in self.troubles)
+        if self.observed.taken:
+            return "True", reasons.NAME_TAKEN, "; ".join(self.observed.taken)
+        troubles = [*self.troubles, *((reasons.PROTECTION_MISSING, words) for words in self.observed.missing)]
+        if troubles:
+            return "True", troubles[0][0], "; ".join(words for _, words in troubles)
         return "False", reasons.HEALTHY, "no agent has a problem"
 
     def balanced_verdict(self) -> _Verdict:

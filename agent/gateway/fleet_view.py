@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 from pydantic import ValidationError
 
+from ..bearer import Tokens, authorizations
 from ..prefix_sketch import PrefixReport
 from ..protocol import AgentStatus
 from .endpoints import Endpoint, Endpoints
@@ -110,10 +111,10 @@ class Agent:
 class FleetView:
     """Follows the endpoints and the agents at them. Run ``run`` for as long as it is used."""
 
-    def __init__(self, endpoints: Endpoints, session: aiohttp.ClientSession, token: str | None) -> None:
+    def __init__(self, endpoints: Endpoints, session: aiohttp.ClientSession, tokens: Tokens) -> None:
         self._endpoints = endpoints
         self._session = session
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._tokens = tokens
         self._agents: dict[Endpoint, Agent] = {}
         self._tasks: dict[Endpoint, list[asyncio.Task[None]]] = {}
         self._waiters: set[asyncio.Event] = set()
@@ -273,10 +274,14 @@ class FleetView:
     async def _get(self, agent: Agent, path: str, query: dict[str, str]) -> bytes:
         limit = aiohttp.ClientTimeout(total=POLL_WAIT + ANSWER_TIMEOUT)
         url = agent.endpoint.url + path
-        async with self._session.get(url, params=query, headers=self._headers, timeout=limit) as response:
-            if response.status != 200:
-                raise _Refused(path, response.status)
-            return await response.read()
+        for headers in authorizations(self._tokens):
+            async with self._session.get(url, params=query, headers=headers, timeout=limit) as response:
+                status = response.status
+                if status == 200:
+                    return await response.read()
+            if status not in (401, 403):
+                break
+        raise _Refused(path, status)
 
 
 class _Refused(Exception):

@@ -21,7 +21,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from ..bearer import bearer, has_token
+from ..bearer import Tokens, bearer
 from ..envelope import CLIENT_GONE, Handler, envelope, read_body
 from ..errors import BadRequest, SettingsError, Unavailable, described
 from ..prefix_sketch import Prefix
@@ -54,6 +54,7 @@ class Gateway:
         self.drained = asyncio.Event()  # stopping, and nothing is open
         self._cut_off = ""  # why requests are being ended
         self._keys = None if settings.keys_dir is None else Keys(settings.keys_dir)
+        self._tokens = Tokens(settings.token, settings.token_dir)
         self._limits = Limits(settings.requests_per_minute, settings.concurrent_requests)
         self._endpoints = settings.endpoints()
         self._fleet: FleetView | None = None
@@ -80,7 +81,7 @@ class Gateway:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
         async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session:
             self._session = session
-            self._fleet = FleetView(self._endpoints, session, self.settings.token)
+            self._fleet = FleetView(self._endpoints, session, self._tokens)
             following = asyncio.create_task(self._fleet.run())
             yield
             following.cancel()
@@ -107,8 +108,7 @@ class Gateway:
 
     async def status(self, request: web.Request) -> web.Response:
         """The agents as this gateway sees them."""
-        token = self.settings.token
-        if token and not has_token(request, token):
+        if not self._tokens.accept(request):
             raise BadRequest(
                 "/status needs the gateway's own token as Authorization: Bearer",
                 code="invalid_token",
@@ -201,10 +201,7 @@ class Gateway:
             task.cancel()
 
     def headers_for(self, request: web.Request, tenant: str) -> dict[str, str]:
-        headers = {"x-request-id": request["id"], "x-tenant": tenant, "Content-Type": "application/json"}
-        if self.settings.token:
-            headers["Authorization"] = f"Bearer {self.settings.token}"
-        return headers
+        return {"x-request-id": request["id"], "x-tenant": tenant, "Content-Type": "application/json"}
 
     def dispatch(self, request: web.Request, prefix: Prefix) -> Dispatch:
         return Dispatch(
@@ -218,7 +215,7 @@ class Gateway:
 
     def attempt(self, pick: Pick, deadline: float) -> Attempt:
         assert self._session is not None
-        return Attempt(self._session, pick, deadline, self.metrics)
+        return Attempt(self._session, pick, deadline, self.metrics, self._tokens)
 
     def deadline(self) -> float:
         return asyncio.get_running_loop().time() + self.settings.request_timeout

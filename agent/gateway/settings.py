@@ -32,6 +32,9 @@ class GatewaySettings(BaseSettings):
     token: str | None = Field(
         None, min_length=1, description="sent to agents, and asked for by /status, as bearer token"
     )
+    token_dir: Path | None = Field(
+        None, description="or a folder with it in a file token, which is read again when it changes"
+    )
     keys_dir: Path | None = Field(
         None,
         description="API keys: a file is a tenant, its lines are keys; without it nobody is asked for one",

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 from multidict import CIMultiDictProxy
 
+from ..bearer import Tokens, authorizations
 from .dispatch import Failure, Pick
 from .metrics import GatewayMetrics
 
@@ -49,12 +50,14 @@ class Attempt:
         pick: Pick,
         deadline: float,
         metrics: GatewayMetrics,
+        tokens: Tokens,
     ) -> None:
         """``deadline`` by the event loop's clock."""
         self._session = session
         self._pick = pick
         self._deadline = deadline
         self._metrics = metrics
+        self._tokens = tokens
         self._begin = asyncio.get_running_loop().time()
         self._response: aiohttp.ClientResponse | None = None
         self._scope: asyncio.Timeout | None = None  # of what is being awaited
@@ -102,13 +105,22 @@ class Attempt:
         """Until the agent has begun to answer. Failure if it refuses, but for the request's own sake."""
         url = self._pick.agent.endpoint.url + path
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
-        response = await self._from_agent(
-            self._session.request(
-                method, url, data=body, headers=headers, timeout=limits, allow_redirects=False
+        for credentials in authorizations(self._tokens):
+            if self._response is not None:
+                self._response.release()
+            self._response = response = await self._from_agent(
+                self._session.request(
+                    method,
+                    url,
+                    data=body,
+                    headers=headers | credentials,
+                    timeout=limits,
+                    allow_redirects=False,
+                )
             )
-        )
-        self._response = response
-        if response.status in (401, 403):
+            if response.status not in (401, 403):
+                break
+        else:
             raise Failure("unauthorized", f"{self._pick.name} refuses this gateway's token", retry_after=5.0)
         if response.status in (429, 502, 503, 504):
             text = await self._from_agent(response.read())

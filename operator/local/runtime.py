@@ -39,7 +39,7 @@ TICK = 1.0  # seconds between rounds in which nothing has happened: for deadline
 STATE = "state.json"
 EXIT_GRACE = 10.0  # seconds a process gets beyond its own grace period
 # What only makes sense in a container: the agent's own defaults are right here.
-IN_CONTAINERS = {"BLOCKYARD_CACHE", "HF_HOME", "HOME"}
+IN_CONTAINERS = {"BLOCKYARD_CACHE", "BLOCKYARD_TOKEN_DIR", "HF_HOME", "HOME"}
 
 
 @dataclass(slots=True)
@@ -190,7 +190,7 @@ class LocalRuntime:
             if agent.ending is not None and agent.ending.done():
                 del self.agents[name]
         pods = {agent.uid: agent.pod(self._fleet) for agent in self.agents.values()}
-        self._fleet.follow(self._key, pods, self._token)
+        self._fleet.follow(self._key, pods, (self._token,))
         observed = Observed(
             service=replace(self.service, status=self.status),
             pods=tuple(pods.values()),
