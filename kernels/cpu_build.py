@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..user_cache import cache_folder
+# Not relative: libraries that look for a package called kernels find this folder in a checkout's root.
+from blockyard.user_cache import cache_folder
 
 log = logging.getLogger("blockyard.kernels")
 
