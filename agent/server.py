@@ -378,7 +378,7 @@ class Agent:
 async def _events(
     completion: Completion, shape: Shape, timer: RequestTimer, *, with_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream. An error before the first event is raised; a later one becomes the last event."""
+    """The events of a stream. An error before the first event is raised, a later one is the last event."""
     begun = False
     try:
         async with contextlib.aclosing(completion.pieces()) as pieces:

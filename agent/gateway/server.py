@@ -338,7 +338,7 @@ class _Stream:
         self._gateway.metrics.replays.labels("begun").inc()
 
     async def _relay(self, attempt: Attempt, pick: Pick) -> web.StreamResponse:
-        """Send the client what it does not have yet, until the end. Failure if the agent is lost before that."""
+        """Send the client what it does not have yet, until the end. Failure if the agent is lost earlier."""
         async with contextlib.aclosing(attempt.events()) as batches:
             async for batch in batches:
                 fresh, ended, problem = self._sift(batch, pick)
