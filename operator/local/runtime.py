@@ -252,7 +252,7 @@ class LocalRuntime:
         return tuple(gpu for gpu in self.machine.gpus if gpu not in taken)
 
     def _environment(self, name: str, revision: str, gpus: tuple[int, ...]) -> dict[str, str]:
-        """This process's environment, without settings of Blockyard, plus what the pod's container would get."""
+        """This process's environment without settings of Blockyard, plus the environment of the container."""
         spec = self.service.spec
         assert spec is not None
         container = children.agent_pod(self.service, name, revision, DEFAULTS)["spec"]["containers"][0]
