@@ -274,7 +274,7 @@ class _Round:
         spec = self.observed.service.spec
         assert spec is not None, "without a spec nothing is planned"
         good = [pod for pod in staying if pod.name not in bad]
-        words = f"agents wanted: {spec.replicas}, there: {len(good)}; this one is missed least"
+        words = f"agents wanted: {spec.replicas}, there: {len(good)}; this one has the least work"
         causes = dict(bad)
         causes |= {pod.name: (reasons.SCALE_IN, words) for pod in good[: max(0, len(good) - spec.replicas)]}
         spare = sum(pod.ready for pod in staying) - (spec.replicas - spec.rollout.max_unavailable)

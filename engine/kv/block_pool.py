@@ -157,7 +157,7 @@ class BlockPool:
         """
         block = self._blocks[block_id]
         if block.references < 1:
-            raise ValueError(f"block {block_id} is idle: nobody can vouch for its content")
+            raise ValueError(f"block {block_id} is idle: its content may be overwritten at any time")
         if block.key is not None and block.key != key:
             raise ValueError(f"block {block_id} is published already, with other content")
         if key not in self._by_key:
