@@ -34,12 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     agent.add_argument("--config", type=Path, help="settings from a .toml or .json file")
     _add_flags(agent, AgentSettings)
 
-    door = commands.add_parser(
+    gateway = commands.add_parser(
         "gateway",
         help="take requests for many agents",
         description="Every flag is also BLOCKYARD_GATEWAY_NAME in the environment.",
     )
-    _add_flags(door, GatewaySettings)
+    _add_flags(gateway, GatewaySettings)
 
     run = commands.add_parser(
         "up",

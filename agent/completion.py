@@ -137,7 +137,7 @@ LOWEST_LOGPROB = -9999.0  # OpenAI's, for what JSON has no number for
 
 
 def _escaped(data: bytes) -> str:
-    """Bytes that are no text by themselves, as OpenAI writes them."""
+    """Bytes that are no valid UTF-8 by themselves, in the form that OpenAI gives them."""
     return "".join(f"\\x{byte:02x}" for byte in data)
 
 
@@ -150,7 +150,7 @@ def _is_text(data: bytes) -> bool:
 
 
 class Shape(Protocol):
-    """How an endpoint words its answers."""
+    """The form in which an endpoint sends its answers."""
 
     def first_chunks(self, count: int) -> list[dict[str, Any]]: ...
     def chunk(self, piece: Piece) -> dict[str, Any]: ...

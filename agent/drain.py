@@ -1,7 +1,7 @@
-"""Draining: nothing new, what runs goes on until a deadline, and what is left then is cut off.
+"""Draining: no new requests, those that run go on until a deadline, and what is left then is cut off.
 
-The process stays: it says that it is drained until somebody ends it. That makes asking for a drain safe to
-repeat, also by an operator that was restarted in between.
+The process stays alive and reports that it is drained until it is ended from outside. So asking for a drain
+can be repeated safely, also by an operator that was restarted in between.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DrainRequest(Strict):
 
 
 class Drain:
-    """At most one goes on; who asks again can only bring its deadline nearer."""
+    """There is at most one drain at a time; asking again can only bring its deadline nearer."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Drain:
         self._scope: asyncio.Timeout | None = None  # of the wait for running requests
 
     def begin(self, seconds: float) -> None:
-        """Return at once; the status tells how it goes on."""
+        """Return at once; the progress is in the status."""
         deadline = asyncio.get_running_loop().time() + seconds
         if self._task is None:
             if self._board.state in ("drained", "failed"):

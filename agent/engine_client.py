@@ -28,8 +28,8 @@ from .wire import WireError, events, frame
 
 log = logging.getLogger("blockyard.agent")
 
-EXIT_TIMEOUT = 5.0  # seconds the engine gets to leave by itself
-WATCH_STEPS = 8  # parts in which silence is waited for
+EXIT_TIMEOUT = 5.0  # seconds the engine gets to exit by itself
+WATCH_STEPS = 8  # waits into which hang_timeout is divided
 
 
 class Generation:
@@ -62,7 +62,7 @@ class Generation:
             event = await self._events.get()
             if isinstance(event, Exception):
                 raise event
-            if event.index in self._open:  # else: a token that was under way when its choice was stopped
+            if event.index in self._open:  # a token may still come after its choice was stopped
                 if event.finish_reason is not None:
                     self._open.remove(event.index)
                 yield event
@@ -98,8 +98,8 @@ class EngineClient:
         self._reading: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._sent = 0  # commands
-        self._covered = 0  # of those, commands that the last stats take into account
-        self._heard = 0  # events
+        self._covered = 0  # of those, commands that the last Stats event includes
+        self._heard = 0  # events received
         self._closing = False
 
     @property
@@ -112,7 +112,9 @@ class EngineClient:
 
     @property
     def _owes_an_answer(self) -> bool:
-        """An idle engine has said so, with all commands covered; any other one speaks at every step."""
+        """Whether the engine has work, so that it must send events. An idle engine has reported that it is
+        idle after all commands; any other sends an event with every step.
+        """
         return self.commands_pending > 0 or self.stats.running + self.stats.waiting > 0
 
     async def start(self, config: EngineConfig) -> Ready:
@@ -135,10 +137,10 @@ class EngineClient:
         return await loaded
 
     async def _watch(self) -> None:
-        """End an engine that hangs: it owes an answer and is silent for as long as ``hang_timeout``.
+        """End an engine that hangs: it has work and sends nothing for as long as ``hang_timeout``.
 
-        Silence is counted in short waits, so that it is not held against the engine if all of the machine
-        stood still.
+        The time is divided into short waits, so that a pause of the whole machine (a suspended laptop) does
+        not count as a hang.
         """
         assert self._process is not None
         silent = 0
@@ -161,12 +163,12 @@ class EngineClient:
                     self.ready = event
                     if self._hang_timeout > 0:
                         self._watching = asyncio.create_task(self._watch())
-                    if not loaded.done():  # nobody waits any more if the agent was stopped meanwhile
+                    if not loaded.done():  # the agent may have been stopped meanwhile
                         loaded.set_result(event)
                 else:
                     self._handle(event)
         except (WireError, ConnectionError) as error:
-            log.warning("from the engine process: %s", error)  # why it ended is looked at when it has
+            log.warning("from the engine process: %s", error)  # the exit code tells the reason
         finally:
             await self._bury(loaded)
 
@@ -189,7 +191,7 @@ class EngineClient:
                 self.failure = ConfigError(event.message) if event.config else EngineDied(event.message)
 
     async def _bury(self, loaded: asyncio.Future[Ready]) -> None:
-        """The socket has ended: fail whoever waits."""
+        """The socket has ended: end the process and fail all requests that wait for it."""
         assert self._process is not None
         if self._watching is not None:
             self._watching.cancel()
@@ -211,7 +213,7 @@ class EngineClient:
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, *, tenant: str, priority: int
     ) -> Generation:
-        """Hand a request to the engine. EngineDied if there is none."""
+        """Hand a request to the engine. EngineDied if the engine is not running."""
         if self._writer is None or self.gone.is_set():
             raise EngineDied(str(self.failure or "the engine is not running"))
         generation = Generation(self, f"r{next(self._ids)}", params.n)
@@ -227,7 +229,7 @@ class EngineClient:
         return known
 
     def send(self, command: Command) -> None:
-        """Queue a command; without an engine it goes nowhere."""
+        """Queue a command; it is dropped if the engine is not running."""
         if self._writer is not None and not self.gone.is_set():
             self._sent += 1
             self._writer.write(frame(command))
@@ -238,12 +240,12 @@ class EngineClient:
             generation.put(ShuttingDown(message))
 
     async def close(self) -> None:
-        """End the process: asked if it listens, else killed."""
+        """End the process: by a Shutdown command if it reads commands, else by SIGKILL."""
         self._closing = True
         if self._process is None:
             return
         if self.ready is None and self._process.returncode is None:
-            self._process.kill()  # it is loading, and would listen only afterwards
+            self._process.kill()  # while it loads it reads no commands
         self.send(Shutdown())
         if self._writer is not None:
             self._writer.close()

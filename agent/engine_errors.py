@@ -1,10 +1,10 @@
-"""What the engine raises, or its end does, as clients of an agent are told of it.
+"""What the engine raises, and what its end means, in the form in which an agent tells its clients.
 
 EngineError (of the engine)
 ├── RequestError       400: the engine refuses the request
-├── EngineDied         503: the engine process is gone, another agent may still answer
+├── EngineDied         503: the engine process is gone; another agent may still answer
 ├── ShuttingDown       503: cut off because the agent is being shut down
-└── InternalError      500: the engine could not cope with this one request
+└── InternalError      500: the engine failed at this one request
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ShuttingDown(EngineError):
 
 
 class InternalError(EngineError):
-    """The engine could not cope with this request; the others go on."""
+    """The engine failed at this request; the other requests go on."""
 
 
 def described(error: Exception) -> tuple[int, ErrorResponse]:

@@ -1,8 +1,8 @@
-"""The engine's own process: commands in, steps, events out; the only module of the agent that uses torch.
+"""The engine's process: commands in, steps, events out. The only module of the agent that uses torch.
 
-The main thread computes; a reader thread turns the socket into a queue, so that a step is never held up
-by a slow client and the queue is waited on, not polled, when there is nothing to compute. The process
-lives as long as the other end of its socket.
+The main thread computes. A reader thread moves commands from the socket into a queue, so that a slow client
+cannot delay a step, and an idle engine waits for the queue instead of polling it. The process exits when the
+other end of its socket is closed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("blockyard.agent")
 STATS_INTERVAL = 0.1  # seconds between reports while computing
 _PR_SET_PDEATHSIG = 1
 
-# None: there will be no more. WorkerDied: the engine is broken, and might have nothing to compute.
+# None: the socket has ended. WorkerDied: the engine is broken, and must end even if it is idle.
 Commands = queue.SimpleQueue[Command | WorkerDied | None]
 
 
@@ -51,7 +51,7 @@ def main(fd: int, config: EngineConfig) -> int:
         log.exception("the engine cannot be loaded")
         _send(connection, Failed(f"the engine cannot be loaded: {error}"))
         return 1
-    # What is loaded stays; the collector need not walk it again and again.
+    # What is loaded now is never freed, so the garbage collector need not scan it.
     gc.collect()
     gc.freeze()
     try:
@@ -70,7 +70,7 @@ def main(fd: int, config: EngineConfig) -> int:
 
 
 def _die_with_parent() -> None:
-    """Even if the HTTP process is killed while a step takes long (Linux only)."""
+    """Get SIGKILL when the HTTP process dies, even in the middle of a long step (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -80,7 +80,7 @@ def _send(connection: socket.socket, event: Event) -> None:
 
 
 class _Loop:
-    """Steps while there is work, waits for commands while there is none."""
+    """Computes steps while there is work and waits for commands while there is none."""
 
     def __init__(self, engine: Engine, connection: socket.socket, commands: Commands) -> None:
         self._engine = engine
@@ -92,7 +92,7 @@ class _Loop:
         threading.Thread(target=self._read, daemon=True, name="commands").start()
 
     def _read(self) -> None:
-        """Socket to queue; whatever ends the reading ends the process."""
+        """Move commands from the socket to the queue; the end of the socket ends the process."""
         try:
             for command in commands(self._connection.makefile("rb")):
                 self._commands.put(command)
@@ -102,10 +102,10 @@ class _Loop:
             self._commands.put(None)
 
     def run(self) -> None:
-        """Until the other end asks for the end, or is gone."""
+        """Run until the HTTP process sends Shutdown or closes its end."""
         while not self._stopping:
             if not self._engine.has_work:
-                self._report()  # the last word before a wait is always up to date
+                self._report()  # so that the last report before a wait is up to date
             self._take_commands()
             if self._stopping or not self._engine.has_work:
                 continue
@@ -116,7 +116,7 @@ class _Loop:
                 self._report()
 
     def _take_commands(self) -> None:
-        """All commands that are there; with nothing to compute, wait for one."""
+        """Take all commands that have arrived; wait for one if there is nothing to compute."""
         wait = not self._engine.has_work
         while not self._stopping:
             try:
@@ -150,7 +150,7 @@ class _Loop:
         except RequestError as error:
             _send(self._connection, Rejected(command.request_id, str(error), error.field))
         except Exception as error:
-            # One request that trips over a mistake of ours must not take the others down.
+            # A defect that shows at one request must not end the others.
             log.exception("request %s cannot be added", command.request_id)
             _send(self._connection, Rejected(command.request_id, f"internal error: {error}", internal=True))
 

@@ -22,7 +22,7 @@ log = logging.getLogger("blockyard.agent")
 
 MAX_REQUEST_ID = 128
 CLIENT_GONE = 499  # in the log only, as nginx does
-_QUIET = ("/status", "/prefixes", "/healthz", "/readyz", "/metrics")  # asked all the time by machines
+_QUIET = ("/status", "/prefixes", "/healthz", "/readyz", "/metrics")  # polled all the time, not logged
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Described = Callable[[Exception], tuple[int, ErrorResponse]]
@@ -89,7 +89,7 @@ async def _guarded(request: web.Request, handler: Handler, described: Described)
     try:
         response = await handler(request)
     except (asyncio.CancelledError, ConnectionError):
-        raise  # the client went away: nobody is left to tell
+        raise  # the client went away: there is nobody to answer
     except web.HTTPException as error:
         response = _answer(_refusal(request, error), described)
         if "Allow" in error.headers:

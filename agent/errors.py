@@ -1,10 +1,10 @@
-"""What goes wrong in an agent or a gateway, and how clients are told: OpenAI's error shape.
+"""What goes wrong in an agent or a gateway, and how clients are told: in OpenAI's error shape.
 
-SettingsError      a setting cannot work; the process says so and ends
+SettingsError      a setting cannot work; the process prints it and exits
 BadRequest         the client's mistake: 4xx, with the field, the limit and the remedy
 Unavailable        the request is fine and cannot be served now: 429, 503 or 504, with Retry-After
 
-What the engine raises is ``engine_errors``' business, because a gateway has no engine.
+Errors of the engine are in ``engine_errors``, because a gateway has no engine.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from ..engine.sampling_params import SamplingParams
 
 
 class AddRequest(msgspec.Struct, tag="add", frozen=True):
-    """Serve a prompt. ``priority``: lower is sooner. ``tenant`` salts block keys and shares fairly."""
+    """Serve a prompt. A lower ``priority`` is served sooner. ``tenant`` is part of the block keys and the
+    unit of fair scheduling.
+    """
 
     request_id: str
     prompt_ids: list[int]
@@ -25,7 +27,7 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
 class Abort(msgspec.Struct, tag="abort", frozen=True):
     """Drop a request, or one choice of it, within one step. Unknown ids are ignored.
 
-    ``reason`` is "stop" if its text is complete, as far as the one who turns tokens into text can tell.
+    ``reason`` is "stop" if the HTTP process, which sees the text, has found a stop string in it.
     """
 
     request_id: str
@@ -65,7 +67,7 @@ class Outputs(msgspec.Struct, tag="outputs", frozen=True):
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):
-    """A request that is not served: the request's fault, unless ``internal`` says it is the engine's."""
+    """A request that is not served: because of the request, or with ``internal`` because of the engine."""
 
     request_id: str
     message: str
@@ -84,7 +86,7 @@ class Stats(msgspec.Struct, tag="stats", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """The engine's last word before it exits non-zero. ``config`` marks a setting's fault at start."""
+    """The last event before the engine exits with an error. ``config``: a setting cannot work."""
 
     message: str
     config: bool = False

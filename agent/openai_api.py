@@ -34,7 +34,7 @@ UNSUPPORTED = {
     "web_search_options": "this server does not search; leave it out",
 }
 
-# What a field that may have several types may be.
+# Fields that take several types, and which, for error messages.
 ALTERNATIVES = {
     "content": "a string or a list of text parts",
     "prompt": "a string, a list of strings, a list of token ids or a list of such lists, none of them empty",
@@ -262,7 +262,7 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    # Accepted as long as they ask for nothing.
+    # Accepted only with the values that ask for nothing.
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -391,7 +391,7 @@ def _bad_field(error: ValidationError) -> BadRequest:
 
 
 def _progress(error: ErrorDetails) -> tuple[bool, int, int]:
-    """Of a union, report the branch that came furthest: the type was right, or most of the items were."""
+    """Of the branches of a union, report the one that came furthest: right type, or most items valid."""
     path = error["loc"]
     index = path[-1] if path and isinstance(path[-1], int) else 0
     return not error["type"].endswith("_type"), len(path), index
@@ -403,7 +403,7 @@ def _is_branch(part: str | int) -> bool:
 
 
 def _shorten(value: object) -> str:
-    """A value for an error message; never more work than the message is long."""
+    """A value for an error message; the work is bounded, however long the value is."""
     if isinstance(value, str):
         return repr(_shorten_text(value))
     if isinstance(value, list):

@@ -25,7 +25,7 @@ from .prefix_sketch import (
 class PrefixLog:
     """The agent's own record; every recorded prompt is one version.
 
-    ``incarnation`` is the agent's: versions of different lives cannot be compared.
+    ``incarnation`` is the agent's: versions of two incarnations cannot be compared.
     """
 
     def __init__(self, incarnation: str) -> None:
@@ -47,7 +47,7 @@ class PrefixLog:
         return iter(self._used)
 
     def resize(self, pool_tokens: int) -> None:
-        """From now on remember about as much text as so many tokens are."""
+        """Set the room to the text of so many tokens, as much as the block pool can hold."""
         self._room = pool_tokens * CHARACTERS_PER_TOKEN
         self._forget()
 
@@ -69,7 +69,9 @@ class PrefixLog:
             waiter.set()
 
     def _forget(self) -> None:
-        """Whole versions at a time, the newest never: a mirror needs only to know the oldest that is left."""
+        """Drop whole versions, the oldest first and never the newest, so that a mirror needs only the number
+        of the oldest version that is left.
+        """
         while self._used:
             version, _ = next(iter(self._used.values()))
             self._oldest = version
@@ -96,9 +98,10 @@ class PrefixLog:
         )
 
     async def newer_than(self, since: int, incarnation: str, seconds: float) -> PrefixReport:
-        """What was used after ``since``: once there is something, or after ``seconds`` at the latest.
+        """What was used after version ``since``: as soon as there is something, or after ``seconds`` at the
+        latest.
 
-        Everything, and at once, if ``since`` is a version of another life.
+        Everything, and at once, if ``since`` is a version of another incarnation.
         """
         if incarnation != self._incarnation or since > self._version:
             return self.report()

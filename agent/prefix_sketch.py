@@ -1,10 +1,11 @@
-"""Which prompts an agent has served, small enough to be told to every gateway.
+"""Sketches of prompts: hashes that tell a gateway which agent has served the beginning of a prompt.
 
-A prompt is sketched by hashes of its growing beginnings: 64 characters, 128, 192, ... and, beyond 1024, in
-steps of a sixteenth, so that the longest prompt has fewer than two hundred. Two prompts share a hash exactly
-if they begin with the same text, so the last hash they share tells how much KV one can reuse of the other.
-Text and not tokens, because a gateway has no tokenizer; a tenant's beginnings only equal its own, as its KV
-blocks do. The sketch is a hint: what it gets wrong costs time, never an answer.
+A prompt is sketched by hashes of its growing beginnings: of 64 characters, 128, 192, ... and, beyond 1024, in
+steps of a sixteenth, so that the longest prompt has fewer than two hundred. Two prompts have a hash in common
+exactly if they begin with the same text, so the last hash they have in common tells how much KV one can reuse
+of the other. The sketch is made of text and not of tokens, because a gateway has no tokenizer. It includes
+the tenant, because KV blocks of two tenants are never shared. It is a hint: a wrong one costs time and never
+changes an answer.
 
 An agent keeps the hashes it has seen in a ``prefix_log.PrefixLog``; a gateway has a copy of each agent's in a
 ``gateway.prefix_mirror.PrefixMirror``, which ``PrefixReport`` brings up to date.
@@ -43,10 +44,10 @@ class Prefix:
     length: int = 0
 
     def shared_with(self, known: Container[int]) -> int:
-        """How many characters at its beginning are known there.
+        """How many characters at the prompt's beginning are known there.
 
-        Whoever knows a beginning knows all shorter ones of it: they were used with it, and are forgotten
-        no sooner.
+        By bisection: a log that knows a beginning also knows all shorter ones of it, because they were used
+        together with it and are forgotten no sooner.
         """
         first_unknown = bisect_left(self.hashes, True, key=lambda entry: entry not in known)
         return BOUNDARIES[first_unknown - 1] if first_unknown else 0
@@ -66,7 +67,9 @@ def sketch(parts: Iterable[str], tenant: str) -> Prefix:
 
 
 def chat_parts(messages: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """A conversation, given as (role, text), so that a longer one begins with a shorter one."""
+    """A conversation of (role, text), in a form in which a continued conversation begins with the text of the
+    earlier one.
+    """
     for role, text in messages:
         yield f"{role}\0"
         yield text

@@ -1,7 +1,7 @@
 """Preparing a model's files in a process of its own.
 
-Fetching and converting can take minutes; a signal must be able to end the agent in the middle of it, and
-a thread cannot be ended. What was begun is cleaned up by the process itself.
+Fetching and converting can take minutes. A signal must be able to stop the agent in the middle of it, and a
+thread cannot be stopped. The child process removes its own half-made files.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 def _main(model: str) -> int:
     def leave(number: int, _frame: object) -> NoReturn:
-        raise SystemExit(128 + number)  # unlike the signal's default, runs the cleaning up
+        raise SystemExit(128 + number)  # unlike the signal's default action, this runs finally blocks
 
     signal.signal(signal.SIGTERM, leave)
     # What is prepared may print; only the result goes to the pipe.

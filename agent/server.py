@@ -57,9 +57,9 @@ MAX_STATUS_WAIT = 60.0  # seconds a long poll may last
 MAX_TENANT = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 LARGE_TEXT = 1 << 16  # characters above which tokenizing leaves the event loop
-SEND_BUFFER = 1 << 16  # bytes the system may hold for a client; few, so that a stalled one is noticed soon
-OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # asked without a token, by those who have none
-EXIT_DELAY = 1.0  # seconds in which clients and probes can still learn why the server goes
+SEND_BUFFER = 1 << 16  # bytes the kernel buffers for a client; few, so that a stalled client is noticed soon
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics")  # probes and Prometheus have no token
+EXIT_DELAY = 1.0  # seconds for clients and probes to read the last answers
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _HEX = re.compile(r"[0-9a-f]{0,64}")
@@ -106,7 +106,7 @@ class Agent:
     async def load(self) -> Ready:
         """Prepare the model and start the engine. EngineError if that cannot be done."""
         folder = await prepare_in_child(self.settings.model)
-        # The engine takes seconds to load; the tokenizer is there long before.
+        # The tokenizer loads while the engine does, which takes longer.
         reading = asyncio.create_task(asyncio.to_thread(Tokenizer.from_directory, folder))
         try:
             ready = await self.engine.start(self.settings.engine_config(folder))
@@ -137,7 +137,7 @@ class Agent:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Whoever cannot be identified gets health and metrics only."""
+        """Only health and metrics are open to requests without the token."""
         if request.path not in OPEN_PATHS and not self._tokens.accept(request):
             raise BadRequest(
                 "this server asks for its token as Authorization: Bearer", code="invalid_token", status=401
@@ -145,7 +145,9 @@ class Agent:
         return await handler(request)
 
     async def status(self, request: web.Request) -> web.Response:
-        """The status; with ?since=VERSION&wait=SECONDS not before it has changed, if it does in time."""
+        """The status; with ?since=VERSION&wait=SECONDS as soon as it differs from that version, or after the
+        wait.
+        """
         since = _query(request, "since", _INTEGER, "a whole number")
         wait = _wait(request)
         if since is None:
@@ -153,8 +155,9 @@ class Agent:
         return _json(await self.board.newer_than(int(since), wait))
 
     async def prefixes_used(self, request: web.Request) -> web.Response:
-        """Which prompts were served lately; with ?since=VERSION&incarnation=ID what came after that version,
-        and with &wait=SECONDS not before there is something, if there is in time."""
+        """Which prompts were served lately. With ?since=VERSION&incarnation=ID only what came after that
+        version; with &wait=SECONDS the answer waits until there is something, or until the time is over.
+        """
         since = int(_query(request, "since", _INTEGER, "a whole number") or 0)
         incarnation = _query(request, "incarnation", _HEX, "an incarnation from a status") or ""
         return _json(await self.prefixes.newer_than(since, incarnation, _wait(request)))
@@ -296,7 +299,7 @@ class Agent:
         params.check(vocab_size=ready.vocab_size)
         tenant = _tenant(request, ask)
         self._refuse_overload(len(prompts))
-        # Nothing is awaited between the check above and the last submission, so the bound is exact.
+        # There is no await between the check above and the last submit, so the bound is exact.
         async with contextlib.AsyncExitStack() as stack:
             generations: list[Generation] = []
             for prompt in prompts:
@@ -320,7 +323,9 @@ class Agent:
             return web.Response(body=body, content_type="application/json")
 
     def _refuse_overload(self, requests: int) -> None:
-        """Back-pressure: a bounded queue. The hint is about how long a hundred steps take."""
+        """Back-pressure: refuse with a 429 when the queue is full. Retry-After is the time of about a hundred
+        steps.
+        """
         held, capacity = self.engine.in_flight, self.board.capacity
         if requests > capacity:
             raise BadRequest(
@@ -338,7 +343,9 @@ class Agent:
     async def _stream(
         self, request: web.Request, ask: Sampling, completion: Completion, shape: Shape, timer: RequestTimer
     ) -> web.StreamResponse:
-        """Server-sent events. The response starts with the first token, so that a refusal is still a 4xx."""
+        """Server-sent events. The response starts with the first token, so that a refusal before it is still
+        a 4xx.
+        """
         with_usage = ask.stream_options is not None and ask.stream_options.include_usage
         async with contextlib.aclosing(_events(completion, shape, timer, with_usage=with_usage)) as events:
             data: bytes | None = await anext(events)
@@ -371,7 +378,7 @@ class Agent:
 async def _events(
     completion: Completion, shape: Shape, timer: RequestTimer, *, with_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream. What goes wrong before the first is raised, and later is the last event."""
+    """The events of a stream. An error before the first event is raised, a later one is the last event."""
     begun = False
     try:
         async with contextlib.aclosing(completion.pieces()) as pieces:
@@ -467,8 +474,8 @@ def _query(request: web.Request, name: str, pattern: re.Pattern[str], what: str)
 async def serve(settings: AgentSettings) -> int:
     """Run an agent until a signal or the engine's end; returns the process's exit code.
 
-    0 after a signal, 1 if the engine failed, 2 if a setting cannot work. SIGTERM and SIGINT drain; a SIGINT
-    while draining is somebody at the keyboard who does not want to wait, and ends the grace period.
+    0 after a signal, 1 if the engine failed, 2 if a setting cannot work. SIGTERM and SIGINT drain. A second
+    SIGINT, from an impatient user at the keyboard, ends the grace period.
     """
     agent = Agent(settings)
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -524,7 +531,7 @@ async def serve(settings: AgentSettings) -> int:
         print(f"blockyard agent: {error}", flush=True, file=sys.stderr)
         agent.enter("failed")
         if agent.engine.ready is not None:
-            await asyncio.sleep(EXIT_DELAY)  # probes and clients get an answer, not a refused connection
+            await asyncio.sleep(EXIT_DELAY)  # probes and clients still get an answer
         return 2 if isinstance(error, ConfigError | SettingsError) else 1
     finally:
         for task in tasks:

@@ -1,7 +1,7 @@
-"""The agent's status as the outside sees it: put together from the engine's numbers, versioned, waited for.
+"""The agent's status for the outside: made of the engine's numbers, with a version, and with waiting.
 
-A version is counted when something in the report changes, not when somebody asks, so that a long poll
-with the last version seen misses nothing and wakes for nothing.
+The version is increased when something in the report changes, not when somebody asks. So a long poll with the
+last version seen misses no change and returns only for a change.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class StatusBoard:
         self.refresh()
 
     def refresh(self) -> None:
-        """Something may have changed: count a version if so, and wake who waits for it."""
+        """Something may have changed: if so, increase the version and wake the long polls."""
         facts = self._gather()
         if facts != self._facts:
             self._facts = facts

@@ -1,6 +1,7 @@
-"""Messages as bytes: a length, then msgpack. The same on both ends of the socket.
+"""Messages as bytes: a length, then msgpack; the same on both ends of the socket.
 
-Between messages the other end may go away: that is the end. Anything else is a ``WireError``.
+The other end may close the socket between two messages: that is a normal end. Anything else is a
+``WireError``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .messages import Command, Event
 
 T = TypeVar("T")
 LENGTH = struct.Struct("<I")
-MAX_BYTES = 1 << 28  # far above any real message; a length beyond is not ours
+MAX_BYTES = 1 << 28  # far above any real message: a larger length means that the bytes are not ours
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)
@@ -24,7 +25,7 @@ _events = msgspec.msgpack.Decoder(Event)
 
 
 class WireError(Exception):
-    """What came is no message of this protocol, or only a part of one."""
+    """The bytes are no message of this protocol, or only a part of one."""
 
 
 def frame(message: Command | Event) -> bytes:

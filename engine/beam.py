@@ -1,9 +1,9 @@
-"""BeamSearch: which continuations of which beams live on; for one request, without tensors.
+"""BeamSearch: which continuations of which beams are kept; for one request, without tensors.
 
-Follows transformers' beam search, so that scores and ids are equal to it: each step considers the best
-``2 * width`` continuations of all beams, those that end become hypotheses if they are among the best
-``width``, and the search ends when no live beam can beat the worst kept hypothesis (or as soon as
-``width`` are kept, with ``early_stopping``).
+Follows transformers' beam search, so that scores and ids are equal to it: each step considers the best ``2 *
+width`` continuations of all beams, those that end become hypotheses if they are among the best ``width``, and
+the search ends when no live beam can beat the worst kept hypothesis (or as soon as ``width`` are kept, with
+``early_stopping``).
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ class BeamSearch:
         self._finished: list[Hypothesis] = []  # best first, at most ``width``
 
     def step(self, candidates: list[list[tuple[int, float]]]) -> Decision:
-        """Advance by one token.
+        """Advance by one token. ``candidates``: for each live beam its best ``2 * width`` (token, log-prob).
 
-        ``candidates``: for each live beam its best ``2 * width`` (token, log-prob). ``done`` says
-        afterwards whether the search is over; the decision is of no use then.
+        Afterwards ``done`` tells whether the search is over; if it is, ignore the returned decision.
         """
         scored = [
             (total + logprob, parent, token)

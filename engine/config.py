@@ -1,4 +1,4 @@
-"""The settings of one engine, as plain data. The agent's settings are turned into this."""
+"""The settings of one engine as plain data; made from the agent's settings."""
 
 from __future__ import annotations
 

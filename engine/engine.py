@@ -1,9 +1,8 @@
 """The engine: requests in, tokens out, one step at a time.
 
-It joins the parts that each own one thing: the scheduler decides what a step computes, the runner
-computes it, the sampler chooses tokens, and what follows from a token (it ends a sequence, it forks
-the prompt into ``best_of`` sequences, it moves the beams) is decided here. Single-threaded by design:
-whoever owns an engine calls it from one thread.
+It joins the parts: the scheduler decides what a step computes, the runner computes it, the sampler chooses
+tokens. The consequences of a token (it ends a sequence, it forks the prompt into ``best_of`` sequences, it
+moves the beams) are decided here. Not thread-safe by design: the owner of an engine calls it from one thread.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Engine:
         on_death: Callable[[WorkerDied], None] | None = None,
     ) -> None:
         if runner is None:
-            from .workers import load_runner  # not needed, and not loaded, with a runner of one's own
+            from .workers import load_runner  # tests bring a runner of their own and need no workers
 
             runner = load_runner(config, on_death)
         self.runner = runner
@@ -125,10 +124,10 @@ class Engine:
         tenant: str = "",
         priority: int = 0,
     ) -> None:
-        """Queue a request. RequestError if it can never be served; nothing is kept of it then.
+        """Queue a request. RequestError if it can never be served; then nothing of it is kept.
 
-        ``tenant`` salts the block keys, so that tenants never share KV, and is what fairness is among.
-        A lower ``priority`` is served sooner.
+        ``tenant`` salts the block keys, so that tenants never share KV, and is the unit of fair scheduling. A
+        lower ``priority`` is served sooner.
         """
         if request_id in self._requests:
             raise RequestError(f"a request with id {request_id!r} is being served", field="request_id")
@@ -166,10 +165,9 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:
         """Drop a request, or one choice of it; its blocks are free at once. Unknown ids are ignored.
 
-        The ``reason`` is what it is counted under: whoever turns tokens into text may have found its end.
-
-        A single choice of a request whose choices are ranked at the end (``best_of > n``, beams), or not
-        yet decoding on its own, cannot be told apart: such a call is ignored too.
+        The request is counted under ``reason``: "stop" if the caller, which sees the text, has found its end.
+        A single choice cannot be dropped if the choices are ranked at the end (``best_of > n``, beams) or do
+        not decode separately yet; such a call is ignored.
         """
         request = self._requests.get(request_id)
         if request is None or (index is not None and (request.holds_back or not request.forked)):
@@ -227,7 +225,7 @@ class Engine:
             self._advance_beams(request, logits[rows_of])
 
     def _fork(self, first: Sequence) -> list[Sequence]:
-        """The prompt is computed: from here on each of ``best_of`` sequences goes its own way."""
+        """The prompt is computed: make the other ``best_of`` sequences, which go on separately."""
         request = first.request
         request.forked = True
         for index in range(1, request.width):
@@ -288,7 +286,7 @@ class Engine:
         )
 
     def _complete(self, request: Request) -> None:
-        """All sequences are done: send what was held back, best first."""
+        """All sequences have finished: send the choices that were held back, best first."""
         params = request.params
         if request.holds_back and request.beam is None:
 

@@ -1,9 +1,9 @@
 """FairQueue: which waiting request is served next, by priority, then fairly among tenants, then by age.
 
-Fairness is the virtual token counter of Sheng et al. ("Fairness in Serving Large Language Models",
-OSDI '24): each tenant has a counter of the tokens it was served, and the waiting tenant with the
-smallest counter goes next. A tenant that comes back from idleness is lifted to the smallest counter of
-those already here, so that nobody saves up credit by being away.
+Fairness is the virtual token counter of Sheng et al. ("Fairness in Serving Large Language Models", OSDI '24):
+each tenant has a counter of the tokens it was served, and the waiting tenant with the smallest counter goes
+next. The counter of a tenant that was idle is raised to the smallest one of those present, so that no tenant
+gains credit by being idle.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FairQueue(Generic[R]):
     def __init__(self) -> None:
         self._waiting: dict[str, list[R]] = {}  # tenant -> requests in service order
         self._present: dict[str, int] = {}  # tenant -> requests waiting or running
-        self._served: OrderedDict[str, int] = OrderedDict()  # tenant -> counter; idle ones age out
+        self._served: OrderedDict[str, int] = OrderedDict()  # tenant -> counter; the oldest are dropped
         self._size = 0
 
     def __len__(self) -> int:

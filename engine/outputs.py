@@ -1,4 +1,4 @@
-"""What the engine says to the outside after a step: plain data, no torch, ready for the wire."""
+"""What the engine returns after a step: plain data without torch, ready to be sent to another process."""
 
 from __future__ import annotations
 

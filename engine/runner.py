@@ -1,8 +1,8 @@
 """The runner: carries steps out on one device.
 
-Everything that outlives a step stays where it is: weights, the pool, and one row of the block table for
-each running sequence. A step brings small diffs (new block ids, the tokens to compute) in one transfer and
-takes logits away; slots are computed from them on the device in a handful of vector operations.
+What outlives a step stays on the device: weights, the pool, and one row of the block table for each running
+sequence. A step brings small diffs (new block ids, the tokens to compute) in one transfer and returns logits;
+the slots of the tokens are computed from them on the device in a few vector operations.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .model.decoder import Alone, Communicator, Model, layout_digest, pool_shape
 from .step import Ints, StepInput
 
 GIB = 1 << 30
-CPU_POOL_CAP = 4 * GIB  # on a CPU nobody expects a server to take all memory there is
+CPU_POOL_CAP = 4 * GIB  # on a CPU a server should not take all memory of the machine
 CPU_RESERVE = GIB // 2  # for activations, logits and the process itself
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, *range(48, 129, 16), *range(160, 513, 32))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ALIGNMENT = 4  # int32: kernels are compiled for pointers on 16 bytes, and once more for others
+ALIGNMENT = 4  # int32 elements; Triton compiles another variant for pointers that are not 16-byte aligned
 
 
 class Runner:
@@ -94,19 +94,19 @@ class Runner:
         self._tables = torch.zeros((self.max_num_seqs + 1, width), dtype=torch.int32, device=self.device)
         self._comm.meet()
         self.num_blocks = self._comm.smallest(self._decide_blocks())
-        # On a CPU the pages are taken when they are first written.
+        # On a CPU the system commits pages when they are first written.
         self.kv = torch.zeros((self.num_blocks, *self._block_shape), dtype=self.dtype, device=self.device)
         self.host_kv = torch.empty(
             (self.host_blocks, *self._block_shape), dtype=self.dtype, pin_memory=on_gpu
         )
-        # Whatever is built, compiled or started at first use is so before the first request.
+        # Everything that is built or compiled at first use is used here, before the first request.
         self._rehearse(self.max_batch_tokens if on_gpu else min(self.max_batch_tokens, 16))
         self._graphs = Graphs(self) if on_gpu and config.cuda_graphs else None
 
     # ── Sizing the pool ───────────────────────────────────────────────────────────────────────────
 
     def _decide_blocks(self) -> int:
-        """kv_blocks, else kv_bytes, else a share of what is free now that the weights are there."""
+        """kv_blocks, else kv_bytes, else a share of the memory that is free after the weights are loaded."""
         config = self._config
         host_bytes = self.host_blocks * self.block_bytes
         free_host = available_bytes() // self._comm.size
@@ -143,7 +143,9 @@ class Runner:
         return min(CPU_POOL_CAP // self._comm.size, int(free * self._config.memory_fraction) - CPU_RESERVE)
 
     def _gpu_room(self) -> int:
-        """What is left of ``memory_fraction`` of the device besides the largest step, which is tried."""
+        """Bytes that ``memory_fraction`` of the device leaves besides the largest step, which is run to
+        measure it.
+        """
         self.kv = torch.zeros((1, *self._block_shape), dtype=self.dtype, device=self.device)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -157,7 +159,9 @@ class Runner:
         return int(free - total * (1 - self._config.memory_fraction)) - step - sampling
 
     def _rehearse(self, tokens: int) -> None:
-        """A step of ``tokens`` tokens, and one of as many decodes as can be. They write to block 0 alone."""
+        """Run a step of ``tokens`` tokens, and one of as many decodes as possible. They write to block 0
+        alone.
+        """
         empty = np.empty(0, dtype=np.int32)
         pairs = empty.reshape(0, 2)
         chunks = [min(self.max_model_len, tokens)] * max(1, tokens // self.max_model_len)
@@ -243,7 +247,7 @@ class Runner:
         return blocks * self._block_tokens + positions % self._block_tokens
 
     def stage(self, *arrays: Ints) -> list[Tensor]:
-        """Flat int32 arrays -> tensors on the device, by one transfer that nobody waits for."""
+        """Flat int32 arrays -> tensors on the device, by one asynchronous transfer."""
         places, total = [], 0
         for array in arrays:
             places.append((total, total + len(array)))
@@ -257,7 +261,7 @@ class Runner:
         return [packed[begin:end] for begin, end in places]
 
     def close(self) -> None:
-        """Drop what is large; a runner is of no use afterwards."""
+        """Free the large tensors; the runner cannot be used afterwards."""
         self._graphs = None
         self.kv = self.host_kv = self._tables = torch.empty(0)
         self.__dict__.pop("model", None)

@@ -1,13 +1,12 @@
 """The sampler: from logits to tokens, for a whole batch at once.
 
-Stateless by design: what a sequence draws depends on its distribution, its seed and how many tokens it
-has drawn before, never on its batch mates, the device or what happened to the engine in between. One
-uniform number per row comes from a counter-based hash, and the token is found by inverting the
-cumulative distribution in vocabulary order, so that a tiny difference in the logits almost never
-changes the outcome (a noise per entry, as in Gumbel sampling, would cost a pass over S x V random
-numbers besides).
+Stateless by design: what a sequence draws depends on its distribution, its seed and how many tokens it has
+drawn before. It does not depend on other sequences of the batch, on the device or on preemptions. One uniform
+number per row comes from a counter-based hash, and the token is found by inverting the cumulative
+distribution in vocabulary order, so that a tiny difference in the logits almost never changes the token.
+(Gumbel sampling, with one random number per entry, would also cost a pass over S x V random numbers.)
 
-Rows that ask for nothing special cost one argmax; each special wish touches only the rows that have it.
+Rows without special parameters cost one argmax; each filter or penalty touches only the rows that ask for it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class SamplingState:
     prompt_ids: list[int]
     output_ids: list[int]
     grammar: Grammar | None = None
-    _plain: bool = field(init=False)  # greedy, and nothing else wanted
+    _plain: bool = field(init=False)  # greedy, without any filter, penalty or log-probs
 
     def __post_init__(self) -> None:
         p = self.params
@@ -210,7 +209,7 @@ class Sampler:
     # ── Reporting ─────────────────────────────────────────────────────────────────────────────────
 
     def _report(self, raw: Tensor, states: list[SamplingState], result: list[SampledToken]) -> None:
-        """Fill in log-probabilities where somebody reads them."""
+        """Fill in log-probabilities for the rows that ask for them."""
         wanted = [
             i for i, s in enumerate(states) if s.params.logprobs is not None or s.params.best_of > s.params.n
         ]
@@ -229,7 +228,9 @@ class Sampler:
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """Rows with NaN or infinities (a broken row must not take its batch mates down), others as they are."""
+    """Rows with NaN or infinities, which must not disturb other rows, are made finite; others stay as they
+    are.
+    """
     if bool(torch.isfinite(logits.sum())):
         return logits
     return torch.nan_to_num(logits, nan=-1e30, posinf=1e30, neginf=-1e30)

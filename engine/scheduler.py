@@ -120,7 +120,7 @@ class Scheduler:
     # ── Entering and leaving ──────────────────────────────────────────────────────────────────────
 
     def add(self, request: Request, first: Sequence) -> None:
-        """Queue a request; RequestError if it could not even be served alone."""
+        """Queue a request; RequestError if it could not be served even if it were alone."""
         self._refuse_impossible(request)
         request.live.append(first)
         self.waiting.arrive(request.tenant)
@@ -154,7 +154,7 @@ class Scheduler:
             )
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """One sequence has its last token, or is no longer wanted."""
+        """One sequence has its last token, or was aborted."""
         request = sequence.request
         self._vacate(sequence, Place.GONE)
         sequence.finish_reason = reason
@@ -164,7 +164,7 @@ class Scheduler:
             self._retire(request)
 
     def discard(self, sequence: Sequence) -> None:
-        """A beam that was not continued: it leaves no trace in the request."""
+        """Remove a beam that was not continued; the request does not count it as finished."""
         self._vacate(sequence, Place.GONE)
         sequence.request.live.remove(sequence)
         if not sequence.request.live:
@@ -187,7 +187,7 @@ class Scheduler:
         parent.request.live.append(twin)
 
     def _vacate(self, sequence: Sequence, place: Place) -> None:
-        """Give back everything a sequence holds. The one way out, whatever the reason."""
+        """Release everything that a sequence holds. The only release, whatever the reason."""
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         if sequence.host_blocks:
@@ -222,7 +222,7 @@ class Scheduler:
         of the budget.
         """
         wanted: dict[Sequence, tuple[int, int]] = {}
-        copies: Counter[int] = Counter()  # how many of those that share a block will have left it
+        copies: Counter[int] = Counter()  # how many sequences will have copied a shared block in this step
         budget = self.limits.max_batch_tokens
         claimed = 0  # blocks that the chosen sequences will take
         asks = [ask for request in self.running for ask in self._asks(request)]
@@ -249,11 +249,13 @@ class Scheduler:
         return wanted, budget
 
     def _asks(self, request: Request) -> list[list[tuple[Sequence, int]]]:
-        """What a running request wants of this step: lists that are served whole or not at all."""
+        """What a running request asks of this step: lists of sequences that are served together or not at
+        all.
+        """
         ready = [sequence for sequence in request.live if self._adopt(sequence)]
         if request.beam is None or len(request.live) == 1:
             return [[(sequence, sequence.remaining)] for sequence in ready]
-        # Beams advance in lockstep; after a preemption they first catch up to their last token.
+        # Beams advance together; after a preemption they first compute all tokens up to their last one.
         behind = [sequence for sequence in ready if sequence.remaining > 1]
         if behind or len(ready) < len(request.live):
             return [[(sequence, sequence.remaining - 1)] for sequence in behind]
@@ -283,7 +285,8 @@ class Scheduler:
     def _growth(self, sequence: Sequence, count: int, copies: Counter[int]) -> int:
         """Blocks that computing ``count`` more tokens takes from the pool, copy-on-write included.
 
-        ``copies`` are those that other sequences will make before, and gets this one's.
+        ``copies`` counts the copies that other sequences will make of each shared block before; this one's is
+        added.
         """
         new = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
         tail = self._shared_tail(sequence)
@@ -291,7 +294,7 @@ class Scheduler:
             return new
         block = sequence.blocks[tail]
         if self.pool.references(block) - copies[block] == 1:
-            return new  # all others have gone: the last one keeps it
+            return new  # all other sequences have copied the block: the last one keeps it
         copies[block] += 1
         return new + 1
 
@@ -327,7 +330,7 @@ class Scheduler:
         self.waiting.charge(sequence.request.tenant, OUTPUT_WEIGHT if samples and count == 1 else count)
 
     def _publish(self, sequence: Sequence) -> None:
-        """Offer the blocks that are full by the end of this step to everyone."""
+        """Publish the blocks that are full by the end of this step in the prefix index."""
         if not self.limits.prefix_cache:
             return
         full = sequence.num_computed // self.limits.block_tokens

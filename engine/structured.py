@@ -23,7 +23,7 @@ _ANY_OBJECT = '{"type": "object"}'
 
 
 class Grammar:
-    """How far one sequence is in its grammar."""
+    """The position of one sequence in its grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
@@ -42,7 +42,7 @@ class Grammar:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Go on by one token, which ``allowed`` has allowed."""
+        """Advance by one token, which ``allowed`` must have allowed."""
         if token_id in self._eos or not self._matcher.consume_token(token_id):
             self.finished = True
         else:
@@ -64,7 +64,7 @@ class GrammarCompiler:
         self._tokenizer: Any = None
 
     def compile(self, structure: Structure) -> Grammar:
-        """A fresh grammar; RequestError on ``response_format`` if the schema is of no use."""
+        """A new grammar; RequestError on ``response_format`` if the schema cannot be used."""
         try:
             import llguidance
         except ImportError:
@@ -86,7 +86,7 @@ class GrammarCompiler:
         try:
             parsed = json.loads(schema)
             if isinstance(parsed, dict):
-                # Free whitespace lets a small model loop in blanks until its tokens are used up.
+                # If whitespace is free, a small model may produce blanks until its tokens are used up.
                 parsed["x-guidance"] = {"whitespace_flexible": False}
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(parsed))
         except (ValueError, RecursionError) as error:

@@ -1,11 +1,10 @@
 """Tensor parallelism: the other ranks as processes of their own, under the one central scheduler.
 
-Rank 0 lives in the engine's process and is an ordinary Runner. Each step is sent once to every worker,
-as one message over a pipe; inside the pass ranks only sum activations (gloo on CPUs, NCCL on GPUs).
-Whatever else ranks agree on while they load goes over the pipes too: an end of a pipe tells of a death at
-once, in either direction, where a collective would wait for somebody who never comes.
-
-Workers are plain child processes that end when their pipe does, so nothing survives a killed engine.
+Rank 0 is in the engine's process and is an ordinary Runner. Each step is sent once to every worker, as one
+message over a pipe; inside the forward pass ranks only sum activations (gloo on CPUs, NCCL on GPUs). What
+else ranks agree on while they load goes over the pipes too: the end of a pipe shows a death at once, in
+either direction, while a collective would wait for a peer that does not exist any more. Workers are plain
+child processes that exit when their pipe is closed, so no worker survives a killed engine.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ log = logging.getLogger("blockyard.engine")
 
 COLLECTIVE_TIMEOUT = dt.timedelta(seconds=60)
 LOAD_TIMEOUT = 600.0  # seconds that ranks wait for each other while they load
-EXIT_TIMEOUT = 5.0  # seconds from a worker's death until whoever still waits for it is ended
+EXIT_TIMEOUT = 5.0  # seconds after a worker's death until a process that still waits for it is ended
 _STUCK = 70  # exit code then
 _LOOPBACK = "127.0.0.1"
 
@@ -69,7 +68,7 @@ class _Group:
         self._backend = "nccl" if cuda else "gloo"
 
     def _join(self, store: TCPStore) -> None:
-        # All ranks are on this machine, and what they send is for nobody else.
+        # All ranks are on this machine; their traffic must not leave it.
         os.environ.setdefault(f"{self._backend.upper()}_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             self._backend, store=store, rank=self.rank, world_size=self.size, timeout=COLLECTIVE_TIMEOUT
@@ -95,7 +94,7 @@ class Leader(_Group):
         self.together = False
 
     def collect(self) -> list[Any]:
-        """What each worker says next. Raises a failed one's error, WorkerDied for one that is gone."""
+        """The next message of each worker. Raises a failed worker's error, or WorkerDied if one is gone."""
         answers = []
         for rank, pipe in enumerate(self._pipes, 1):
             if not pipe.poll(LOAD_TIMEOUT):
@@ -142,7 +141,7 @@ class Leader(_Group):
 
 
 class Follower(_Group):
-    """A worker's communicator; to ``inbox`` come rank 0's answers, one for each message sent to it."""
+    """A worker's communicator; rank 0's answers arrive in ``inbox``, one for each message sent to it."""
 
     def __init__(
         self, rank: int, size: int, pipe: Connection, inbox: queue.SimpleQueue[bytes], *, cuda: bool
@@ -153,7 +152,7 @@ class Follower(_Group):
 
     def _exchange(self, value: int | None) -> int:
         self._pipe.send(value)
-        return int(self._inbox.get())  # if rank 0 goes, so does this process
+        return int(self._inbox.get())  # this process is ended when rank 0 is gone
 
     def meet(self) -> None:
         port = self._exchange(None)
@@ -192,7 +191,7 @@ class ParallelRunner:
         self._on_death = on_death
         self._loaded = self._closed = False
         self._dead = threading.Event()
-        self._ended = threading.Event()  # nobody waits for workers any more
+        self._ended = threading.Event()  # set by close(): deaths of workers are expected from then on
         self._workers: list[_Worker] = []
         try:
             for rank in range(1, size):
@@ -201,7 +200,7 @@ class ParallelRunner:
             for worker in self._workers:
                 threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
             self._runner = runner = Runner(config, self._group)
-            self._group.collect()  # each says once more that it is ready
+            self._group.collect()  # each worker reports once more that it is ready
             self._group.together = False
             self._loaded = True
             if self._dead.is_set():  # before ``on_death`` would have been called
@@ -236,13 +235,13 @@ class ParallelRunner:
             self._on_death(WorkerDied(message))
         if not self._ended.wait(EXIT_TIMEOUT) and self._group.together:
             faulthandler.dump_traceback()
-            os._exit(_STUCK)  # in a collective with a dead peer: nobody can raise in that thread
+            os._exit(_STUCK)  # the thread is in a collective with a dead peer and cannot be interrupted
 
     def _blame(self, error: BaseException) -> BaseException:
-        """What is behind an error on rank 0: a worker's own error, or its death, or itself."""
+        """The cause of an error on rank 0: a worker's own error, a worker's death, or the error itself."""
         if isinstance(error, EngineError) or not isinstance(error, (RuntimeError, OSError)):
             return error
-        # A collective fails because the other end of a connection is gone: wait until we know of it.
+        # A collective fails when a peer is gone: wait until the watching thread has noticed the death.
         if not self._dead.wait(EXIT_TIMEOUT):
             return error
         for worker in self._workers:
@@ -275,7 +274,7 @@ class ParallelRunner:
         return logits
 
     def close(self) -> None:
-        """End all workers. They hold nothing that is worth a goodbye."""
+        """End all workers, by SIGKILL: they have nothing to save."""
         self._closed = True
         self._ended.set()
         for worker in self._workers:
@@ -297,7 +296,7 @@ def _start(config: EngineConfig, rank: int, *, cuda: bool) -> _Worker:
         command = [sys.executable, "-P", "-m", "blockyard.engine.workers", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     pipe = Connection(ours.detach())
-    # If it is dead already, that is noticed where its answer is awaited.
+    # If the worker is dead already, that is noticed when its answer is awaited.
     with contextlib.suppress(OSError):
         pipe.send((config, rank, cuda))
     return _Worker(rank, process, pipe)
@@ -312,7 +311,7 @@ def main(fd: int) -> None:
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
-        """In a thread: when rank 0 goes, the main thread may be deep in a collective with it."""
+        """In a thread, because the main thread may be in a collective with rank 0 when rank 0 dies."""
         try:
             while True:
                 inbox.put(pipe.recv_bytes())
@@ -332,7 +331,7 @@ def main(fd: int) -> None:
         with contextlib.suppress(OSError):
             pipe.send(error)
         sys.stderr.flush()
-        os._exit(1)  # at once: an orderly end would wait for collectives that never come
+        os._exit(1)  # at once: an orderly exit would wait for collectives that never complete
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Floor 1: tensors in, tensors out. ``dispatch`` chooses the implementation, ``reference`` is the meaning."""
+"""Floor 1: tensors in, tensors out. ``dispatch`` chooses the implementation, ``reference`` defines the
+result.
+"""
 
 from .batch import PagedBatch
 from .cpu_ops import Linear

@@ -1,4 +1,4 @@
-"""Which tokens of a step belong to which sequence, and where their KV lies: all that attention asks."""
+"""Which tokens of a step belong to which sequence, and where their KV is: all that attention needs."""
 
 from __future__ import annotations
 

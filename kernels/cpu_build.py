@@ -1,4 +1,4 @@
-"""The compiled CPU operations: built once into the user's cache folder, loaded from there ever after."""
+"""The compiled CPU operations: built once into the user's cache folder and loaded from there afterwards."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..user_cache import cache_folder
+# Not relative: libraries that look for a package called kernels find this folder in a checkout's root.
+from blockyard.user_cache import cache_folder
 
 log = logging.getLogger("blockyard.kernels")
 
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fopenmp", "-w"]
 CHOICE = "BLOCKYARD_CPU_KERNELS"
-LOCK_SECONDS = 600  # a build takes less than one minute; whoever waits this long for another's gives up
+LOCK_SECONDS = 600  # a build takes less than a minute; waiting for another process's build ends after this
 _ops: Any = torch.ops
 
 
@@ -45,7 +46,7 @@ def load() -> bool:
         if not _is_loadable(library):
             _build_once(library)
             _ops.load_library(str(library))
-    except Exception as error:  # whatever stands in the way of a build, plain torch goes without it
+    except Exception as error:  # plain torch works whatever makes the build fail
         reason = _reason(error)
         if choice == "compiled":
             raise RuntimeError(
@@ -62,7 +63,7 @@ def load() -> bool:
 
 
 def _is_loadable(library: Path) -> bool:
-    """Load a library that is there. One that was built beside another C library, say, is built again."""
+    """Load a library that is there. False if it does not fit this machine, say its C library."""
     try:
         _ops.load_library(str(library))
     except OSError:
@@ -71,7 +72,7 @@ def _is_loadable(library: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says most: a compiler's first complaint among pages of output."""
+    """The most useful line of an error: the compiler's first complaint among pages of output."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     complaints = [line for line in lines if "error:" in line]
     return next(iter(complaints or lines), type(error).__name__)
@@ -115,7 +116,7 @@ def _build_once(library: Path) -> None:
 
 
 def _build(library: Path) -> None:
-    """Compile in a private folder and rename the result, so that a build that is cut off leaves nothing."""
+    """Compile in a private folder and rename the result, so that an interrupted build leaves nothing."""
     from torch.utils import cpp_extension
 
     compiler = os.environ.get("CXX", "c++")  # as cpp_extension chooses it; it may be "ccache g++"

@@ -1,11 +1,12 @@
-"""Every operation of this floor in plain torch: the meaning that all faster paths are tested against.
+"""Every operation of this floor in plain torch: the definition that all faster implementations are tested
+against.
 
 Written to be read. Works on any device. Sums are in float32, and so are the parts of attention; float64
 inputs are computed and returned in float64, which is what float32 implementations are tested against.
 
-KV is block-major: the pool is ``[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]`` and an
-operation gets one layer of it, ``pool[:, layer]``: ``[num_blocks, 2, kv_heads, block_tokens,
-head_dim]``, a strided view. Index 0 of the third axis is K, index 1 is V.
+KV is block-major: the pool is ``[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]`` and an operation
+gets one layer of it, ``pool[:, layer]``: ``[num_blocks, 2, kv_heads, block_tokens, head_dim]``, a strided
+view. Index 0 of the third axis is K, index 1 is V.
 """
 
 from __future__ import annotations

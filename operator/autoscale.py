@@ -1,14 +1,14 @@
 """How many agents a service's load asks for: pure functions from what is there to what replicas should be.
 
-What can run out in an agent are KV blocks and sequence slots, so the load is counted in both, and in absolute
-numbers: a few long contexts ask for agents as many short requests do, cached blocks ask for none, and agents
-that have been asked for and still start are not asked for again. ``targetUsedPercent`` of an agent is what
-it is to carry.
+An agent can run out of KV blocks and of sequence slots, so the load is counted in both. It is counted in
+absolute numbers: a few long contexts need as many agents as many short requests do, cached blocks need none,
+and agents that were asked for and are still starting are not asked for twice. ``targetUsedPercent`` is the
+share of an agent that should be in use.
 
-More agents come at once. Fewer are kept when the lower number has been enough for ``scaleInDelaySeconds``
-without interruption, and then as many as were wanted at most meanwhile: so a load that does not change
-changes the number once. All that must be remembered is in ``status.autoscaling``. Where a report is missing
-there may be more load than is known, and nothing goes.
+Agents are added at once. They are removed when a lower number has been enough for ``scaleInDelaySeconds``
+without interruption, down to the highest number that was wanted in that time, so that a steady load changes
+the number only once. What must be remembered for that is in ``status.autoscaling``. While a report is missing
+there may be more load than is known, so nothing is removed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def due(observed: Observed) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """``wanted`` agents, the most since ``since`` if fewer are enough; ``replicas`` is what to write now."""
+    """``wanted``: agents that the load asks for; while ``since`` is set, the most it has asked for since
+    then. ``replicas``: what to write to the spec now.
+    """
 
     wanted: int
     reason: str
@@ -85,7 +87,7 @@ def _judge(observed: Observed) -> _Verdict | None:
         return _Verdict(wanted, reason, numbers, replicas=wanted)
     before = service.status.get("autoscaling") or {}
     since, most = seconds(before.get("since")), before.get("wanted", current)
-    if since is None or most >= current:  # from now on fewer are enough
+    if since is None or most >= current:  # the time in which fewer agents are enough begins now
         since = observed.now
     elif most > wanted:
         wanted, reason = most, before.get("reason", reason)
@@ -109,7 +111,7 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
     slots = sum(agent.max_num_seqs for agent in agents)
     running = sum(agent.running for agent in agents)
     requests = running + sum(agent.waiting for agent in agents)
-    # Those that wait are taken to be as large as those that run; where none runs, their slots alone count.
+    # A waiting request is taken to be as large as a running one; if none runs, only its slots count.
     needed = Fraction(active * requests, running) if running else Fraction(active)
     share = Fraction(scaling.target_used_percent, 100 * len(agents))  # what one agent is to carry, of all
     by_blocks, by_slots = ceil(needed / (blocks * share)), ceil(requests / (slots * share))
@@ -126,7 +128,7 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
 
 
 def _serves(pod: Pod, observed: Observed) -> bool:
-    """It takes requests and is not on its way out; an agent's own word counts while its pod's wavers."""
+    """It takes requests and is not leaving. Its own report counts while the pod's readiness changes."""
     return not (gone(pod, observed) or leaving(pod)) and (pod.ready or works(pod))
 
 

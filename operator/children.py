@@ -31,12 +31,12 @@ __all__ = [
 GATEWAY = "gateway"  # the container, and the component
 GATEWAY_PORT = 8080
 TOKEN_KEY = "token"
-# Beyond the drain, a pod gets so long to say goodbye before it is killed.
+# Seconds that a pod gets to exit after its drain, before it is killed.
 EXIT_SECONDS = 30
-# Gateways take new requests for so long after SIGTERM: until everything that balances has heard of it.
+# Seconds in which a gateway still takes new requests after SIGTERM, until load balancers have removed it.
 LINGER_SECONDS = 5
-_POD_FORMAT = 2  # counted when all agents' pods must be replaced although no spec has changed
-_USER = 1000  # the images'
+_POD_FORMAT = 2  # increase it when all pods must be replaced although no spec has changed
+_USER = 1000  # the user of the images
 # The token comes as files, which follow a changed Secret; an environment variable would not.
 _TOKEN_MOUNT: dict[str, Any] = {"name": "token", "mountPath": "/token", "readOnly": True}
 
@@ -118,11 +118,11 @@ def agent_pod(service: Service, name: str, revision: str, defaults: Defaults) ->
             *_hub(spec),
         ],
         "resources": resources,
-        # Alive while it loads, for which there is no limit; the first probe gives Python time to start.
+        # /healthz is 200 while a model loads, however long; the startup probe waits for Python to start.
         "startupProbe": _probe("/healthz", period=2, failures=150),
         "livenessProbe": _probe("/healthz", period=10, failures=3),
         "readinessProbe": _probe("/readyz", period=2, failures=2),
-        # NVIDIA's hook for devices writes into the root file system.
+        # The NVIDIA container runtime writes into the root file system.
         "securityContext": _container_security(read_only=spec.device == "cpu"),
         "volumeMounts": mounts,
     }
@@ -220,7 +220,9 @@ def _model(spec: LLMServiceSpec) -> tuple[str, list[dict[str, Any]], list[dict[s
 
 
 def _cache(spec: LLMServiceSpec) -> dict[str, Any]:
-    """What agents fetch and compile: kept on the node for the next one if a path is given."""
+    """The folder for what agents fetch and compile; on the node if a path is given, so that it is found
+    again.
+    """
     path = spec.model.cache_host_path
     if path is None:
         return {"name": "cache", "emptyDir": {}}
@@ -301,12 +303,12 @@ def _client_service(service: Service) -> dict[str, Any]:
 
 
 def _budget(service: Service) -> dict[str, Any]:
-    """No eviction of an agent that is not drained.
+    """Refuses every eviction of an agent that is not drained.
 
-    By a number that is never reached. ``maxUnavailable: 0`` counts against the replicas of the scale
-    subresource, which the disruption controller does not find while the CRD is new, and would leave gaps:
-    with a surge one agent more is ready than the budget wants, so one can be evicted; and one that drains
-    is not ready, and such ones may be evicted while enough others are.
+    By a number that is never reached. ``maxUnavailable: 0`` would leave gaps. It counts against the replicas
+    of the scale subresource, which the disruption controller does not find while the CRD is new. During a
+    surge one agent more is ready than it demands, so one could be evicted. And a draining agent is not ready,
+    and pods that are not ready may be evicted while enough others are.
     """
     spec = {
         "minAvailable": 1_000_000,
@@ -317,10 +319,10 @@ def _budget(service: Service) -> dict[str, Any]:
 
 
 def _network_policy(service: Service, defaults: Defaults) -> dict[str, Any]:
-    """Agents are reached by each other, their gateways, the operator, and Prometheus if it is to watch them.
+    """Who reaches agents: other agents, their gateways, the operator, and Prometheus if it is to scrape them.
 
-    The kubelet's probes need no rule. A policy sees ports, not paths, so that what Prometheus may not ask for
-    is kept by the token.
+    The kubelet's probes need no rule. A policy knows ports and not paths; the token keeps Prometheus from
+    everything but metrics.
     """
     spec = _spec(service)
     sources: list[dict[str, Any]] = [
@@ -430,7 +432,7 @@ def _gateway(service: Service, defaults: Defaults) -> dict[str, Any]:
 
 def _service_monitor(service: Service) -> dict[str, Any]:
     labels: dict[str, Any] = {"matchLabels": {SERVICE: service.name}}
-    if not _spec(service).gateway.replicas:  # both Services lead to the agents then
+    if not _spec(service).gateway.replicas:  # without a gateway both Services lead to the agents
         labels = {"matchLabels": selector(service)}
     spec = {"selector": labels, "endpoints": [{"port": "http", "path": "/metrics"}]}
     return _object(service, "monitoring.coreos.com/v1", "ServiceMonitor", service.name, AGENT, spec=spec)
@@ -474,7 +476,7 @@ def _object(
 def _templated(
     pod: dict[str, Any], template: PodTemplate | None, labels: Mapping[str, str], container: str, field: str
 ) -> dict[str, Any]:
-    """The pod with the user's template merged into it, but for the labels by which the operator lives."""
+    """The pod with the user's template merged into it. The operator's own labels cannot be changed by it."""
     template = template or PodTemplate()
     metadata = pod["metadata"] | {"labels": {**template.metadata.labels, **labels}}
     if template.metadata.annotations:
@@ -531,7 +533,7 @@ def _container_security(*, read_only: bool) -> dict[str, Any]:
 
 
 def _spread(labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Over nodes, where there is room."""
+    """Spread over nodes, as far as there is room."""
     return [
         {
             "topologyKey": "kubernetes.io/hostname",

@@ -1,10 +1,10 @@
 """What the operator knows of the cluster: copies of the objects it watches, in memory, parsed once.
 
-Three sources write here: kopf's watches, slow re-lists, and the answers to our own writes. The last make
-that a round never acts on what it has just changed itself: a pod that was created is known before the
-watch tells of it. Versions settle the order: an object's ``resourceVersion`` only ever grows, so the older
-of two tellings is dropped, whichever way it came, and a deletion is remembered until a list that is newer
-has been read.
+Three sources write here: kopf's watches, slow re-lists, and the answers to our own writes. Because of the
+answers a round never acts on an outdated copy of what it has just changed itself: a pod that it created is
+here before the watch reports it. The order of updates is decided by versions. An object's ``resourceVersion``
+only grows, so the older of two updates is dropped, whichever source it came from, and a deletion is
+remembered until a newer list has been read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .observed import SERVICE, Node, Pod, Service
 from .workqueue import Key
 
 Value = TypeVar("Value")
-MANAGED = "app.kubernetes.io/managed-by=blockyard-operator"  # label selector of everything that is ours
+MANAGED = "app.kubernetes.io/managed-by=blockyard-operator"  # label selector of what we make
 
 
 def key_of(raw: Raw) -> Key:
@@ -102,12 +102,12 @@ class Mirror(Generic[Value]):
 
     def _keep(self, key: Key, version: int, raw: Raw | None) -> None:
         entry = self._entries.get(key)
-        # What is not there, although a list has been read, was gone by then: older tellings are late.
+        # An object that a list did not contain was gone at the list's version: older updates come late.
         known = (
             max(self._settled.get(None, 0), self._settled.get(key[0], 0)) if entry is None else entry.version
         )
         # The answer to a deletion that was carried out at once shows the object as it was, but has the
-        # version of the deletion: of two tellings with one version, the deletion is the later one.
+        # version of the deletion: of two updates with one version, the deletion is the later one.
         if version < known or (version == known and raw is not None):
             return
         before, after = None if entry is None else entry.value, None if raw is None else self._parse(raw)
@@ -116,7 +116,9 @@ class Mirror(Generic[Value]):
             self._changed(before, after)
 
     def settle(self, listed: set[Key], version: int, namespace: str | None = None) -> None:
-        """A list as of ``version`` held these keys, each already ``put``: older ones are gone."""
+        """A list as of ``version`` contained these keys, each already ``put``; other objects that are older
+        are gone.
+        """
         self._settled[namespace] = max(version, self._settled.get(namespace, 0))
         for key, entry in list(self._entries.items()):
             if key in listed or entry.version > version or namespace not in (None, key[0]):
@@ -140,7 +142,9 @@ class Custom:
         return cls(Service.of(raw), metadata["resourceVersion"], tuple(metadata.get("finalizers") or ()))
 
     def __eq__(self, other: object) -> bool:
-        """Without the version: it changes with every write, also with those that change nothing here."""
+        """Compared without the version, which changes with every write, even if nothing that matters here
+        does.
+        """
         return (
             isinstance(other, Custom)
             and self.service == other.service
@@ -229,8 +233,8 @@ class Cluster:
         return self._vanished.pop((service.namespace, service.name), set())
 
     async def relist(self, kube: Kube, namespaces: Sequence[str] = ()) -> None:
-        """Read everything anew: at the start, and from time to time, for a watch that had to start over does
-        not tell of what was deleted meanwhile. KubeError leaves what was read so far.
+        """Read everything anew: at the start, and from time to time, because a watch that was restarted does
+        not report what was deleted meanwhile. If a KubeError is raised, what was read so far is kept.
         """
         await self._relist(kube, self.nodes, NODE, None, "")
         for namespace in namespaces or (None,):

@@ -1,9 +1,8 @@
 """Kubernetes Events of LLMServices: few, and one object for what happens again and again.
 
-An Event's name follows from what it says, so that a repetition, also after a restart of the operator,
-counts the one that is there instead of adding another. Each service may post a burst and then one a
-minute; what is over that is dropped, for the status says it too. An Event that cannot be posted never
-fails a reconcile.
+An Event's name is a digest of its text, so a repetition increases the count of the Event that is there, also
+after a restart of the operator. Each service may post a burst and then one a minute; more are dropped,
+because the status has the same information. An Event that cannot be posted never makes a round fail.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class Recorder:
             await self._kube.merge(
                 EVENT, namespace, name, {"count": count, "lastTimestamp": body["lastTimestamp"]}
             )
-        except NotFound:  # its time was over between the two calls
+        except NotFound:  # it expired between the two calls
             await self._kube.create(body)
 
     def _body(

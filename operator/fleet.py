@@ -1,12 +1,12 @@
-"""What the agents say of themselves: one long poll per agent, and the reports that came of it.
+"""The agents' reports: one long poll per agent, and what it answered last.
 
-A poll waits at the agent until its status changes, so an idle fleet costs one request per agent and 20 s.
-A busy agent's status changes with every step; it is asked again after a pause that keeps the whole fleet
-below ``polls_per_second``. A service is marked dirty at once when something changed that decisions rest on
-(state, incarnation, layout, an error that came or went), and after ``LOAD_DELAY`` for load alone, so that
-a steady fleet causes next to no work and no writes. Services whose load decides how many agents they have
-are marked after ``SCALED_DELAY``, or later where so many of them are busy that ``SCALED_ROUNDS`` would be
-exceeded. None of this is API-server traffic.
+A poll waits at the agent until its status changes, so an idle fleet costs one request per agent and 20 s. A
+busy agent's status changes with every step; it is asked again after a pause that keeps the whole fleet below
+``polls_per_second``. A service is marked dirty at once when something changed that decisions depend on
+(state, incarnation, layout, an error that came or went), and after ``LOAD_DELAY`` when only load changed, so
+that a steady fleet causes next to no work and no writes. Services that are scaled by load are marked after
+``SCALED_DELAY``, or later if so many of them are busy that ``SCALED_ROUNDS`` would be exceeded. None of this
+is traffic of the API server.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ MARGIN = 10.0  # seconds that its answer may be late
 FIRST_TIMEOUT = 5.0  # seconds for an agent that has not answered yet
 DRAIN_TIMEOUT = 5.0
 SHORTEST_PAUSE = 0.5  # seconds between two polls of one agent
-DRAINING_PAUSE = 0.1  # somebody waits for the end of a drain
+DRAINING_PAUSE = 0.1  # a round waits for the end of the drain
 FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 30.0
 CONNECTING = 64  # agents that are connected to at once
-LOAD_DELAY = 30.0  # seconds within which a change of load alone is told
+LOAD_DELAY = 30.0  # seconds after which a change of load alone marks the service
 SCALED_DELAY = 3.0  # the same for services that are scaled by their load
 SCALED_ROUNDS = 200.0  # rounds a second that load may cause in all services that are scaled by it
 LOAD_STEP = 5  # percent of the pool
@@ -46,7 +46,7 @@ LARGEST_ANSWER = 1 << 20
 
 @dataclass(slots=True)
 class _Agent:
-    """One agent's pod, followed as long as it is there."""
+    """One agent's pod, polled for as long as it exists."""
 
     key: Key
     name: str
@@ -57,14 +57,14 @@ class _Agent:
     report: Report | None = None
     told: AgentStatus | None = None  # the status that the service was last marked dirty for
     urgent: bool = False  # poll it as often as is sensible
-    ready: bool = False  # what its pod says
+    ready: bool = False  # whether its pod is ready
     scaled: bool = False  # its load decides how many agents its service has
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # ends the pause after an error
     task: asyncio.Task[None] | None = None
 
 
 class Fleet:
-    """Follows the agents that it is told of; ``report`` is what is known of each."""
+    """Polls the agents of all services; ``report`` returns the last report of one."""
 
     def __init__(
         self,
@@ -96,10 +96,11 @@ class Fleet:
         return None if found is None else found.report
 
     def unheard(self, key: Key) -> float:
-        """Seconds for which a service's agents' first reports are worth waiting for; 0 if all are there.
+        """Seconds for which a round should wait for the first reports of a service's agents; 0 if all are
+        there.
 
-        An operator that has just started knows nothing of agents that have long been working: what it decided
-        and wrote without their reports would be undone a moment later.
+        An operator that has just started has no reports of agents that have long been running. Decisions
+        without them would be undone a moment later.
         """
         now = asyncio.get_running_loop().time()
         agents = [self._agents[uid] for uid in self._of.get(key, ())]
@@ -109,9 +110,9 @@ class Fleet:
     def follow(
         self, key: Key, pods: Mapping[str, Pod], tokens: tuple[str, ...], *, scaled: bool = False
     ) -> None:
-        """The pods of a service by uid. What is not among them is forgotten, report and all.
+        """Poll exactly these pods of a service, given by uid. Others are forgotten with their reports.
 
-        ``scaled``: their load decides how many there are, so it is told soon.
+        ``scaled``: the number of agents depends on their load, so changes of load are reported soon.
         """
         for uid in self._of.get(key, set()) - pods.keys():
             self._forget(uid)
@@ -148,7 +149,7 @@ class Fleet:
             agent.task.cancel()
 
     async def drain(self, uid: str, timeout_s: float) -> str:
-        """Ask an agent to drain; empty, or why that did not work. It may be asked again."""
+        """Ask an agent to drain; returns why that failed, or "". It may be asked again."""
         agent = self._agents.get(uid)
         if agent is None:
             return "the agent has no address yet"
@@ -183,7 +184,7 @@ class Fleet:
         while True:
             try:
                 if since is None:
-                    # The first answer comes at once, so few connections are being made at any time.
+                    # The first answer comes at once, so this bounds the connections that are being made.
                     async with self._connecting:
                         status = await self._poll(agent, None)
                 else:
@@ -233,7 +234,7 @@ class Fleet:
         return f"http://{host}:{agent.port}{path}"
 
     def _take(self, agent: _Agent, report: Report) -> None:
-        """Keep the report, and mark the service dirty as soon as what changed is worth it."""
+        """Keep the report, and mark the service dirty at once or later, depending on what changed."""
         first, agent.report = agent.report is None, report
         before, now = agent.told, report.status
         if before is None or now is None:

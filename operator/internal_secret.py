@@ -1,4 +1,4 @@
-"""Keeps the Secret NAME-internal: the token by which a service's agents, gateways and operator know each other.
+"""Keeps the Secret NAME-internal: the token that agents, gateways and the operator share.
 
 Agents and gateways read it from files, which the kubelet brings up to date up to two minutes after a change,
 and in each pod at another time. So a token is never replaced at a stroke: the one before stays in the Secret

@@ -62,7 +62,7 @@ class KubeError(Exception):
 
 
 class NotLeading(KubeError):
-    """This process must not write: it does not hold the Lease, or no longer for sure."""
+    """This process must not write: it does not hold the Lease, or cannot be sure that it still does."""
 
 
 class Unreachable(KubeError):
@@ -243,7 +243,7 @@ class Kube:
         renew: Callable[[], Awaitable[Configuration]] | None = None,
     ) -> None:
         self.credentials = credentials
-        self.may_write: Callable[[], bool] = lambda: True  # asked before each attempt, but for Leases
+        self.may_write: Callable[[], bool] = lambda: True  # not asked for writes to Leases
         credentials.connection_pool_maxsize = 0  # watches hold connections; calls are bounded below
         self._client = ApiClient(credentials)
         self._load = renew
@@ -331,7 +331,9 @@ class Kube:
     # ── Writing ───────────────────────────────────────────────────────────────────────────────────
 
     async def create(self, body: Raw) -> Raw:
-        """Make an object. If it is there and has the same controller, an answer was lost: it is ours."""
+        """Create an object. If it exists with the same controller, the answer of an earlier attempt was lost:
+        return it.
+        """
         kind, namespace, name = kind_of(body), body["metadata"]["namespace"], body["metadata"]["name"]
         query = {"fieldManager": FIELD_MANAGER}
         try:
@@ -397,7 +399,7 @@ class Kube:
     async def delete(
         self, kind: Kind, namespace: str, name: str, uid: str = "", grace_seconds: int | None = None
     ) -> Raw | None:
-        """Delete the object with this uid: as it is now if it goes later, None if in this life it is gone."""
+        """Delete the object with this uid -> the object if it terminates later, None if it is gone."""
         options: Raw = {"propagationPolicy": "Background"}
         if uid:
             options["preconditions"] = {"uid": uid}
@@ -452,7 +454,7 @@ class Kube:
                 if code < 400:
                     return data
                 if code == 401 and not renewed:
-                    # Exec plugins and OIDC hand out tokens that end; the next attempt carries a new one.
+                    # Tokens of exec plugins and OIDC expire; the next attempt uses a new one.
                     renewed = True
                     await self._renew()
                 elif (code != 429 and code < 500) or attempt == attempts:

@@ -30,7 +30,7 @@ CALL_TIMEOUT = 4.0
 
 
 class LeaseApi(Protocol):
-    """What of ``Kube`` is needed here."""
+    """The methods of ``Kube`` that are needed here."""
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Raw | None: ...
     async def create(self, body: Raw) -> Raw: ...
@@ -38,7 +38,7 @@ class LeaseApi(Protocol):
 
 
 class Lease:
-    """This process' claim on one Lease."""
+    """This process's claim on one Lease."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Lease:
         self._api = api
         self._namespace, self._name, self.identity = namespace, name, identity
         self._clock = clock
-        self._until = float("-inf")  # we may act before this
+        self._until = float("-inf")  # this process may act until then, by the monotonic clock
         self._seen: tuple[str, str] = (
             "",
             "",
@@ -73,7 +73,7 @@ class Lease:
     async def attempt(self) -> bool:
         """Take or renew the Lease if that can be done: ``held`` afterwards. Nothing is raised."""
         sent = self._clock()
-        # A holder must not sit in a call when its time is over.
+        # A call of the holder must not last longer than its right to act.
         limit = min(CALL_TIMEOUT, self.remaining) if self.held else CALL_TIMEOUT
         try:
             async with asyncio.timeout(limit):
@@ -97,7 +97,7 @@ class Lease:
             moved = spec.get("holderIdentity") != self.identity
             body = self._body(found, transitions=int(spec.get("leaseTransitions") or 0) + moved)
             await self._api.replace(body)
-        except Conflict:  # another one was faster
+        except Conflict:  # another process wrote first
             return False
         return True
 
@@ -107,7 +107,7 @@ class Lease:
         if seen != self._seen:
             self._seen, self._seen_at = seen, self._clock()
         if holder == self.identity and not self.held:
-            # Ours by name, but others may have seen it unchanged as long as we have: only a write tells.
+            # Our name is in it, but others may be about to take it: only a successful write counts.
             return True
         return holder in ("", self.identity) or self._clock() - self._seen_at >= DURATION
 

@@ -1,9 +1,9 @@
 """The operator's process: ``python -m blockyard.operator.main``, set by ``BLOCKYARD_OPERATOR_*``.
 
-kopf is used for what it is best at, watching: its low-level event handlers feed the mirrors of
-``cluster``, and nothing else is registered that could make it write annotations, finalizers or events.
-What is done about it runs in tasks of our own in the same loop, which a startup handler begins and a
-cleanup handler ends: the Lease, and while it is held the workers. A standby keeps its mirrors warm.
+kopf is used for watching only: its low-level event handlers feed the mirrors of ``cluster``. No other
+handlers are registered, so that kopf writes no annotations, finalizers or events. The work is done by tasks
+of our own in the same event loop, which a startup handler begins and a cleanup handler ends: the Lease, and
+while it is held the workers. A standby process keeps its mirrors up to date.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .workqueue import WorkQueue
 
 log = logging.getLogger("blockyard.operator")
 
-SILENCE = 60.0  # seconds after which a Lease that was neither renewed nor tried means that the loop hangs
-STUCK = 2 * ROUND_TIMEOUT  # seconds after which a service that is due and not done means the same
+SILENCE = 60.0  # seconds without an attempt at the Lease that mean that the event loop hangs
+STUCK = 2 * ROUND_TIMEOUT  # seconds for which a service is due or worked on that mean the same
 
 
 class Operator:
@@ -53,7 +53,7 @@ class Operator:
         self.reconciler = Reconciler(
             kube, self.cluster, self.fleet, self.queue, self.recorder, metrics, defaults
         )
-        # A process that was killed and one that follows it in the same pod must not share a name.
+        # A process that was killed and its successor in the same pod must have different names.
         identity = f"{settings.identity}_{secrets.token_hex(4)}"
         self.lease = Lease(kube, settings.lease_namespace, settings.lease_name, identity)
         kube.may_write = lambda: self.lease.held
@@ -189,11 +189,11 @@ def registry_of(operator: Operator) -> kopf.OperatorRegistry:
 
 
 def kopf_settings() -> kopf.OperatorSettings:
-    """kopf under our names wherever it could leave a trace, bounded wherever it could wait for ever."""
+    """kopf's settings: our names for anything it could write, and a bound on everything it waits for."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.peering.standalone = True
-    # It would watch namespaces and CRDs, which needs rights that nothing else here needs.
+    # Scanning would watch namespaces and CRDs, for which the operator has no rights.
     settings.scanning.disabled = True
     settings.persistence.finalizer = f"{GROUP}/kopf"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=f"kopf.{GROUP}")
@@ -232,7 +232,7 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # kopf tells of every event at its INFO.
+    # kopf logs every event at INFO.
     logging.getLogger("kopf").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
 
 

@@ -1,7 +1,7 @@
 """What is there: the cluster's objects and the agents' reports as plain values, the input of every decision.
 
-The API server's raw dictionaries are read here and nowhere else, and nothing here fails on what it finds:
-what cannot be read becomes ``Service.problem`` or stays at its default. Times are seconds since the epoch.
+The API server's raw dictionaries are read here and nowhere else, and reading never fails: a field that cannot
+be read ends up in ``Service.problem`` or keeps its default. Times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DRAINING_SINCE = f"{GROUP}/draining-since"  # annotation of agent pods: a drain 
 DRAIN_REASON = f"{GROUP}/drain-reason"  # annotation of agent pods: why
 RELEASED = f"{GROUP}/released"  # annotation of agent pods: UNDRAINED was taken off on purpose
 AGENT = "agent"  # the container in an agent's pod
-AGENT_PORT = 8000  # in a pod, which has an address of its own
+AGENT_PORT = 8000  # every pod has an address of its own
 UNREADABLE_AFTER = 15.0  # seconds without a report after which a working agent no longer counts as ready
 
 # Reasons of a pod's problem that come from its phase or conditions; the others are the kubelet's own.
@@ -168,7 +168,7 @@ class Pod:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], report: Report | None = None) -> Self:
-        """``report`` must be of this very pod: match it by uid, for names can come back."""
+        """``report`` must be of this very pod: match it by uid, because names are used again."""
         metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
         labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
         container: Mapping[str, Any] = next(
@@ -220,7 +220,7 @@ class Pod:
 
     @property
     def state(self) -> AgentPhase:
-        """One word for a person; the agent's own word where it answers."""
+        """The agent's state in one word for a person; as it reports it itself, where it does."""
         if self.deleting:
             return "Terminating"
         if self.finished:
@@ -277,7 +277,7 @@ def _condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 
 
 def _problem(status: Mapping[str, Any]) -> tuple[str, str]:
-    """Why a pod does not get on: (reason, message), ("", "") if nothing says so."""
+    """Why a pod does not come up: (reason, message); ("", "") if nothing is known to be wrong."""
     if status.get("phase") == "Failed":
         return status.get("reason") or FAILED, status.get("message") or "the pod has failed"
     scheduled = _condition(status, "PodScheduled")
@@ -292,7 +292,7 @@ def _problem(status: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _words(container: Mapping[str, Any], message: str) -> str:
-    """The kubelet's message, and how the container ended before: that says why it crashes."""
+    """The kubelet's message, and how the container ended the last time, which explains a crash loop."""
     ended = (container.get("lastState") or {}).get("terminated") or {}
     if not ended:
         return message

@@ -10,7 +10,7 @@ NODE_CORDONED = "NodeCordoned"
 NODE_NOT_READY = "NodeNotReady"
 NODE_LOST = "NodeLost"
 AGENT_FAILED = "AgentFailed"
-AGENT_LEAVING = "AgentLeaving"  # it drains or terminates although nobody here asked for it
+AGENT_LEAVING = "AgentLeaving"  # it drains or terminates, and not because of a decision of the operator
 SERVICE_DELETED = "ServiceDeleted"
 
 # Why the number of agents is changed.

@@ -1,10 +1,10 @@
-"""One round over one service: observe, decide with the pure functions, carry out, write the status if it
+"""One round for one service: observe, decide with the pure functions, carry out, write the status if it
 differs.
 
-Level-triggered: a round looks at what is there and never at what changed, so it may run at any time,
-twice, or after a restart in the middle of another one. What must survive lives in the cluster (a begun
-drain in the pod's annotations, decisions in the status); what is kept here only saves work. Services do
-not wait for each other: a round that fails says so on its own service and is tried again after a growing
+Level-triggered: a round looks at the present state and not at what changed, so it may run at any time, twice,
+or after a restart in the middle of another one. What must survive a restart is in the cluster (a begun drain
+in the pod's annotations, decisions in the status); what is kept here only saves work. Services do not wait
+for each other: when a round fails, the status of its service tells why, and it is tried again after a growing
 pause.
 """
 
@@ -92,7 +92,9 @@ class Reconciler:
         self._load_written: dict[Key, float] = {}  # when a status was last written
 
     async def run(self, workers: int, namespaces: Sequence[str], resync_seconds: float) -> None:
-        """List everything, then work until cancelled; then again, though others may have acted meanwhile."""
+        """List everything, then work until cancelled. It may be called again, when other processes may have
+        acted meanwhile.
+        """
         self._secrets.doubt()
         self._refused.clear()
         await self._resync(namespaces)
@@ -116,7 +118,7 @@ class Reconciler:
                 self._queue.done(key)
 
     async def _guarded(self, key: Key) -> None:
-        """One round that fails alone, whatever happens in it."""
+        """One round; whatever goes wrong in it concerns this service alone."""
         current_service.set("/".join(key))
         begin, result = time.perf_counter(), "error"
         try:
@@ -130,7 +132,7 @@ class Reconciler:
         except (KubeError, TimeoutError) as error:
             words = str(error) or f"not done within {ROUND_TIMEOUT:g} s"
             log.warning("round failed, again in %.1f s: %s", self._queue.failed(key), words)
-        except Exception:  # a defect must not stop the other services
+        except Exception:  # a defect in one round must not stop the other services
             log.exception("round failed, again in %.1f s", self._queue.failed(key))
         finally:
             self._metrics.reconciles.labels(result).observe(time.perf_counter() - begin)
@@ -146,7 +148,9 @@ class Reconciler:
                 self._queue.add_after(key, random.uniform(0.0, min(RESYNC_SPREAD, seconds)))
 
     async def _resync(self, namespaces: Sequence[str]) -> None:
-        """Re-list until that works: the mirrors are right afterwards, and drifted companions are known."""
+        """Re-list until that succeeds: then the mirrors are right, and companions that others changed are
+        known.
+        """
         while True:
             try:
                 await self._cluster.relist(self._kube, namespaces)
@@ -210,7 +214,7 @@ class Reconciler:
             self._refused[key] = f"internal error of the operator: {error!r}"
         current = self._cluster.services.get(key)
         if current is not None and current.service.uid == service.uid:
-            # The status tells of the spec that this round has worked on, not of one that came meanwhile.
+            # The status describes the spec that this round worked on, not one that was written meanwhile.
             missing = () if service.deleting else self._companions.missing(service, wanted)
             observed = self._observe(replace(service, status=current.service.status), revision, missing)
             await self._write_status(key, observed, done)
@@ -222,7 +226,9 @@ class Reconciler:
             raise problem
 
     def _read(self, service: Service) -> tuple[Service, str, list[Raw]]:
-        """The service, its revision, its companions; with a template that does not fit, no readable spec."""
+        """The service, its revision, its companions. A template that cannot be merged makes the spec
+        unreadable.
+        """
         if service.spec is None:
             return service, "", []
         try:
@@ -252,7 +258,7 @@ class Reconciler:
         )
 
     async def _prepare(self, custom: Custom, service: Service, wanted: list[Raw]) -> None:
-        """Make what is there before agents are and beside them, and follow those that are."""
+        """Make the companions that agents need, and poll the agents that exist."""
         key = service.namespace, service.name
         acts = not service.deleting and service.spec is not None and not service.paused
         if acts:
@@ -308,7 +314,9 @@ class Reconciler:
     async def _converge(
         self, custom: Custom, service: Service, revision: str, done: list[Action | Scale]
     ) -> None:
-        """Carry out all that is to be done now; ``done`` holds what was, also if this fails."""
+        """Carry out all that is due now; ``done`` gets each action when it was carried out, also if a later
+        one fails.
+        """
         if service.deleting and not self._cluster.pods_of(service):
             await self._let_go(custom)
             return
@@ -317,9 +325,9 @@ class Reconciler:
         if (scale := autoscale.plan(observed)) is not None:
             try:
                 await self._scale(service, scale)
-            except ApiError as error:  # agents are seen to all the same
+            except ApiError as error:  # the agents are still attended to
                 refusal = error
-            else:  # the next round, which this has made due, works on the new number
+            else:  # the write makes another round due, which uses the new number
                 done.append(scale)
                 return
         actions = replicas.plan(observed)
@@ -348,7 +356,7 @@ class Reconciler:
         )
 
     async def _hold(self, custom: Custom) -> None:
-        """The finalizer, so that a deletion waits until agents have drained."""
+        """Add the finalizer, so that a deletion waits until the agents have drained."""
         if FINALIZER not in custom.finalizers:
             await self._set_finalizers(custom, [*custom.finalizers, FINALIZER])
 
@@ -366,7 +374,7 @@ class Reconciler:
     # ── Actions ───────────────────────────────────────────────────────────────────────────────────
 
     async def _carry_out(self, service: Service, revision: str, action: Action) -> None:
-        """One action; the pod's new state is known before this returns."""
+        """Carry out one action; the mirror has the pod's new state before this returns."""
         match action:
             case Create(name=name):
                 body = children.agent_pod(service, name, revision, self._defaults)
@@ -413,7 +421,7 @@ class Reconciler:
     # ── Status ────────────────────────────────────────────────────────────────────────────────────
 
     async def _write_status(self, key: Key, observed: Observed, done: Sequence[Action | Scale]) -> None:
-        """Write it if it differs; if only load does, not too often."""
+        """Write the status if it differs; if only load differs, not more often than LOAD_INTERVAL."""
         service, before = observed.service, observed.service.status
         after = status.compute(observed, done, before)
         if after == before:
@@ -432,7 +440,9 @@ class Reconciler:
     async def _tell_conditions(
         self, service: Service, before: Mapping[str, Any], after: Mapping[str, Any]
     ) -> None:
-        """Events for what a person wants to know: it is ready, it is no longer, it is degraded, and why."""
+        """Events for what a person wants to know: the service became ready, is no longer ready, or is
+        degraded.
+        """
         old, new = _conditions(before), _conditions(after)
         for kind, bad in (("Ready", "False"), ("Degraded", "True")):
             now, then = new.get(kind, {}), old.get(kind, {})
@@ -447,7 +457,7 @@ class Reconciler:
                 await self._recorder.emit(service, "Normal", "Ready", "Observe", now.get("message", ""))
 
     def _forget(self, key: Key, uid: str) -> None:
-        """The service, in that life, is gone."""
+        """The LLMService with this uid is gone."""
         self._fleet.follow(key, {}, ())
         self._companions.forget(key)
         self._recorder.forget(uid)

@@ -139,6 +139,6 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _value(value: object) -> str:
-    """As it stands in a manifest."""
+    """A value as it is written in a manifest."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"`{text}`" if text else '`""`'

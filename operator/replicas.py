@@ -28,12 +28,12 @@ from . import reasons
 from .api import DrainSpec
 from .observed import UNREADABLE_AFTER, Observed, Pod, seconds
 
-NODE_LAG = 15.0  # seconds in which a node may still be unheard of when a pod has been put on it
-NODE_PATIENCE = 60.0  # seconds for which a node may be not ready before its agents are given up
-REPORT_SECONDS = 10.0  # an agent cuts its requests off at the deadline, and has so long to tell that it did
+NODE_LAG = 15.0  # seconds after scheduling in which the pod's node may still be unknown here
+NODE_PATIENCE = 60.0  # seconds for which a node may be not ready until its agents count as lost
+REPORT_SECONDS = 10.0  # seconds after the drain's deadline in which an agent may report that it is drained
 BACKOFF_FIRST, BACKOFF_LONGEST = 10.0, 300.0  # seconds between replacements of failed pods, doubling
 BACKOFF_MEMORY = 900.0  # seconds after which a failure is forgotten
-_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own for names: no vowels, no words
+_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own for names: no vowels, so no words
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Create:
 class Drain:
     """Write DRAINING_SINCE (unless it is there) and DRAIN_REASON to the pod, then POST /drain to its agent.
 
-    Planned again, with the time that is left, while the agent answers and does not drain.
+    Planned again, with the time that is left, for as long as the agent answers and is not draining.
     """
 
     pod: Pod
@@ -97,7 +97,7 @@ def due(observed: Observed) -> float | None:
 
 
 def lost(pod: Pod, observed: Observed) -> str:
-    """Why a pod is given up; "" unless its node is gone and its agent does not answer."""
+    """Why a pod counts as lost: its node is gone and its agent does not answer. "" if it is not lost."""
     since, word = _node_trouble(pod, observed)
     return word if pod.agent is None and since is not None and observed.now >= since else ""
 
@@ -140,12 +140,12 @@ def serving(pod: Pod, observed: Observed) -> bool:
 
 
 def works(pod: Pod) -> bool:
-    """Its agent says that it serves, whatever the pod's condition says at the moment."""
+    """Its agent reports that it serves, whatever the pod's condition is at the moment."""
     return pod.agent is not None and pod.agent.state == "ready"
 
 
 def _node_trouble(pod: Pod, observed: Observed) -> tuple[float | None, str]:
-    """From when on the pod's node counts as gone, and why."""
+    """(The time from which the pod's node counts as gone, why); (None, "") if the node is well."""
     if not pod.node:
         return None, ""
     node = observed.nodes.get(pod.node)
@@ -157,7 +157,7 @@ def _node_trouble(pod: Pod, observed: Observed) -> tuple[float | None, str]:
 
 
 class _Round:
-    """One look at one service. ``times`` are the moments at which another one would see something else."""
+    """One look at one service. ``times`` are the moments at which time alone may change the plan."""
 
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
@@ -195,7 +195,7 @@ class _Round:
     # ── Those that are no more ────────────────────────────────────────────────────────────────────
 
     def _bury(self, pod: Pod, *, wait: bool) -> list[Action]:
-        """Delete what will not end by itself."""
+        """Delete pods that do not disappear by themselves."""
         if why := lost(pod, self.observed):
             return [Delete(pod, reasons.NODE_LOST, why, force=True)]
         if pod.finished and not pod.deleting and (leaving(pod) or not wait):
@@ -203,9 +203,10 @@ class _Round:
         return []
 
     def _waiting(self, ended: list[Pod]) -> int:
-        """How many failed pods are not replaced yet; they stay until then, for people to look at.
+        """How many failed pods are not replaced yet; they are kept until then, so that people can look at
+        them.
 
-        A pod that fails again and again, for its node refuses it, would otherwise be made anew without end.
+        The back-off keeps a pod that its node refuses from being made again without end.
         """
         failed = [
             pod
@@ -231,19 +232,21 @@ class _Round:
     # ── Those that go ─────────────────────────────────────────────────────────────────────────────
 
     def _send_off(self, pod: Pod, reason: str, message: str) -> Action:
-        """The first step out: a drain where there may be work, deletion where no agent runs."""
+        """The first step of a removal: a drain if the agent may have work, deletion if no agent runs in the
+        pod.
+        """
         if pod.started:
             return Drain(pod, reason, message, self.timeout)
         return Delete(pod, reason, f"{message}; no agent runs in it")
 
     def _see_off(self, pod: Pod) -> list[Action]:
-        """The next step of a drain that has begun."""
+        """The next step of a removal that has begun with a drain."""
         reason = pod.drain_reason or reasons.AGENT_LEAVING
         if not pod.undrained:
             return [Delete(pod, reason, "it is drained")]
         state = None if pod.agent is None else pod.agent.state
         since = pod.draining_since
-        if since is None:  # somebody else has asked the agent; from here on it is ours
+        if since is None:  # somebody else started the drain; the operator takes it over
             return [Drain(pod, reason, "its agent drains", self.timeout)]
         deadline = since + self.timeout
         self.times.append(deadline + REPORT_SECONDS)
@@ -255,7 +258,7 @@ class _Round:
             end = "its agent does not run: there is nothing left to drain"
         elif self.observed.now >= deadline + REPORT_SECONDS:
             end = f"it did not drain within {self.timeout:.0f} s"
-        elif state in ("ready", "starting"):  # the request was lost, or the agent has been restarted since
+        elif state in ("ready", "starting"):  # the request to drain was lost, or the agent was restarted
             left = max(0.0, deadline - self.observed.now)
             return [Drain(pod, reason, "its agent has not begun to drain", left)]
         else:
@@ -276,7 +279,7 @@ class _Round:
         causes += [
             (reasons.AGENT_LEAVING, f"{pod.name} is gone")
             for pod in left
-            if pod.drain_reason in ("", reasons.AGENT_LEAVING)  # and not sent off by a decision
+            if pod.drain_reason in ("", reasons.AGENT_LEAVING)  # not because of a decision of ours
         ]
         words = f"agents wanted: {spec.replicas}, there: {good}"
         causes += [(reasons.SCALE_OUT, words)] * missing
@@ -287,7 +290,7 @@ class _Round:
         spec = self.observed.service.spec
         assert spec is not None, "without a spec nothing is planned"
         good = [pod for pod in staying if pod.name not in bad]
-        words = f"agents wanted: {spec.replicas}, there: {len(good)}; this one is missed least"
+        words = f"agents wanted: {spec.replicas}, there: {len(good)}; this one has the least work"
         causes = dict(bad)
         causes |= {pod.name: (reasons.SCALE_IN, words) for pod in good[: max(0, len(good) - spec.replicas)]}
         spare = sum(pod.ready for pod in staying) - (spec.replicas - spec.rollout.max_unavailable)
@@ -295,7 +298,7 @@ class _Round:
         for pod in staying:
             if pod.name not in causes or (pod.ready and spare <= 0):
                 continue
-            if works(pod) and spare < 0:  # out of the Endpoints at the moment, but perhaps not for long
+            if works(pod) and spare < 0:  # its pod is not ready at the moment, but its agent serves
                 continue
             spare -= pod.ready
             reason, why = causes[pod.name]
@@ -312,7 +315,10 @@ class _Round:
         return None
 
     def _worth(self, pod: Pod) -> tuple[Any, ...]:
-        """Missed least comes first: on a bad node, old, not serving, idlest, emptiest, coldest, youngest."""
+        """Order of removal. First come agents on a bad node, then old revisions, then those that do not
+        serve, then those with the fewest requests, the fewest active blocks, the fewest cached blocks, and
+        the youngest.
+        """
         agent = pod.agent
         return (
             not misplaced(pod, self.observed)[0],

@@ -1,8 +1,9 @@
 """The status of an LLMService, computed from what is there, in this one place.
 
-Conditions: Ready says whether requests are served as asked, Progressing whether something is being changed,
-Degraded whether a person should look, Balanced whether no agent is short of blocks while another one has some
-to spare. Messages hold no number that changes by itself, such as an age: a status is written when it differs.
+Conditions: Ready tells whether requests are served as the spec asks, Progressing whether something is being
+changed, Degraded whether a person should look, Balanced whether no agent is short of blocks while another one
+has some to spare. Messages contain no number that changes by itself, such as an age, because a status is
+written whenever it differs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LONGEST_MESSAGE = 1024
 MOST_AGENTS = 64
 MOST_DECISIONS = 16
 
-# What changes all the time while requests run, of a service, its agents and its pools.
+# Fields of a service, its agents and its pools that change all the time while requests run.
 _LOAD = {"running", "waiting", "usedPercent", "cachedPercent", "hitPercent", "autoscaling"}
 _LOAD |= {"free", "cached", "active"}
 
@@ -81,10 +82,10 @@ def compute(
 
 
 def urgent(status: Mapping[str, Any], previous: Mapping[str, Any]) -> bool:
-    """Does it differ in more than load (percentages, running and waiting requests, pool numbers)?
+    """Whether it differs in more than load (percentages, running and waiting requests, pool numbers).
 
-    Load alone changes all the time while requests run: write it at most every few seconds. That fewer agents
-    are enough is load too, but the time since when must not outlive the moment in which it is no longer true.
+    Load changes all the time while requests run, so it is written at most every few seconds.
+    ``autoscaling.since`` belongs to the load too, but it must be removed at once when it is no longer true.
     """
     before = previous.get("autoscaling") or {}
     if "since" in before and status.get("autoscaling") != before:
@@ -107,7 +108,7 @@ def _without_load(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _View:
-    """The pods by what they mean to the service."""
+    """The pods of a service in groups: present, staying, leaving, ready."""
 
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
@@ -119,7 +120,7 @@ class _View:
         self.troubles = list(self._troubles())
 
     def _troubles(self) -> Iterator[tuple[str, str]]:
-        """(reason, message) of all that keeps agents from serving, in the cluster's own words."""
+        """(reason, message) of everything that keeps agents from serving, as the cluster reports it."""
         found: dict[str, list[tuple[str, str]]] = {}
         for pod in self.observed.pods:
             if why := lost(pod, self.observed):
@@ -282,7 +283,7 @@ def _trouble(pod: Pod) -> str:
 def _decisions(
     observed: Observed, actions: Iterable[Action | Scale], previous: Mapping[str, Any]
 ) -> list[Decision]:
-    """The newest first. A step that is only tried again is no new decision."""
+    """The decisions, newest first. A step that is only repeated is not a new decision."""
     found = [Decision.model_validate(each) for each in previous.get("decisions") or ()]
     for action in actions:
         if isinstance(action, Release):
@@ -303,7 +304,7 @@ def _decisions(
 
 
 def _agent(action: Create | Drain | Delete | Scale) -> str:
-    """The agent that it is about; "" if it is about all."""
+    """The agent that the action is about; "" if it is about all agents."""
     match action:
         case Scale():
             return ""

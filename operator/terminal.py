@@ -59,7 +59,7 @@ async def up(manifest: Path, port: int, keys: Path | None) -> int:
 
 
 def _stop_on_signals(stop: asyncio.Event, runtime: LocalRuntime) -> None:
-    """The first signal ends in order, the second at once."""
+    """The first signal stops everything in order, the second kills at once."""
 
     def ended() -> None:
         if stop.is_set():
@@ -125,7 +125,7 @@ async def _cluster(namespace: str | None) -> AsyncIterator[Callable[[], Awaitabl
 
 
 def _has_cluster() -> bool:
-    """Does anything here say where a cluster is?"""
+    """Whether the environment or a kubeconfig names a cluster."""
     kubeconfig = os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"
     return Path(kubeconfig).is_file() or "KUBERNETES_SERVICE_HOST" in os.environ
 
@@ -157,5 +157,5 @@ async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
             await asyncio.sleep(REFRESH)
             try:
                 found, problem = await ask(), Text()
-            except KubeError as error:  # the last answer stays in sight until there is another one
+            except KubeError as error:  # the last answer stays on the screen
                 problem = Text(f"the cluster does not answer: {error}", style="red")

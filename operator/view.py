@@ -1,7 +1,8 @@
-"""LLMServices as a person wants to see them in a terminal: for ``blockyard status``, ``top`` and ``up``.
+"""LLMServices as text for a terminal: for ``blockyard status``, ``top`` and ``up``.
 
-Shows what the API server stores (or the local runtime writes) and nothing else, so that it is what every
-other tool sees. It is to be read at 80 columns: what may be long is last in its row and wraps under itself.
+It shows what the API server stores (or the local runtime writes) and nothing else, so that it agrees with
+every other tool. It must be readable at 80 columns: the longest text is last in its row and wraps below
+itself.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _decision(decision: Raw) -> tuple[Text, Text]:
 
 
 def _bar(pool: Raw) -> Text:
-    """Active, cached and free blocks to scale; what there is of shows at least once."""
+    """Active, cached and free blocks to scale; every kind that is there gets at least one character."""
     total = max(1, pool.get("total", 0))
     active, cached = (-(-pool.get(state, 0) * BAR // total) for state in ("active", "cached"))
     cached = max(0, min(cached, BAR - active))
@@ -113,7 +114,7 @@ def _numbers(pool: Raw) -> str:
 
 
 def _table(*columns: str) -> Table:
-    """One line a row. Where it would be too long, names of other objects lose their ends."""
+    """One line a row. Where a line would be too long, names of other objects are cut at their ends."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for column in columns:
         side: JustifyMethod = "right" if column in NUMBERS else "left"

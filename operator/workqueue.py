@@ -25,18 +25,18 @@ class WorkQueue:
         self._clock = clock or asyncio.get_running_loop().time
         self._ready: deque[Key] = deque()
         self._since: dict[Key, float] = {}  # waiting keys, and since when they are due
-        self._working: dict[Key, float] = {}  # keys in a worker's hands, and since when
+        self._working: dict[Key, float] = {}  # keys that a worker has taken, and when
         self._again: set[Key] = set()  # of those, the ones added meanwhile
         self._later: dict[Key, asyncio.TimerHandle] = {}
         self._failures: dict[Key, int] = {}
         self._wakeup = asyncio.Event()
 
     def __len__(self) -> int:
-        """Keys that are due and not in a worker's hands."""
+        """Keys that are due and that no worker has taken."""
         return len(self._since)
 
     def add(self, key: Key) -> None:
-        """Due now."""
+        """The key is due now."""
         if (timer := self._later.pop(key, None)) is not None:
             timer.cancel()
         if key in self._working:
@@ -47,7 +47,7 @@ class WorkQueue:
             self._wakeup.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Due in so many seconds, unless it becomes due before."""
+        """The key is due in so many seconds, unless it becomes due before."""
         loop = asyncio.get_running_loop()
         when, timer = loop.time() + seconds, self._later.get(key)
         if key in self._since or key in self._again:
@@ -69,16 +69,17 @@ class WorkQueue:
         return key, waited
 
     def done(self, key: Key) -> None:
-        """The worker is through with it, whatever came out."""
+        """The worker has finished with the key, whatever the result."""
         del self._working[key]
         if key in self._again:
             self._again.discard(key)
             self.add(key)
 
     def failed(self, key: Key) -> float:
-        """Due again after a pause that doubles with each failure in a row: the pause in seconds.
+        """Make the key due again after a pause that doubles with each failure in a row -> the pause in
+        seconds.
 
-        ``add`` still makes it due at once: something has changed, and that may be what it waited for.
+        ``add`` still makes it due at once: a change may be what it waited for.
         """
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
@@ -90,7 +91,7 @@ class WorkQueue:
         self._failures.pop(key, None)
 
     def oldest(self) -> float:
-        """Seconds that the most patient key has been waiting or worked on; 0 if there is none."""
+        """Seconds for which the oldest key has been waiting or worked on; 0 if there is none."""
         times = (*self._since.values(), *self._working.values())
         return self._clock() - min(times) if times else 0.0
 

@@ -1,8 +1,8 @@
-"""One request on its way to an agent: which one next, how often, and how long to wait in between.
+"""One request on its way to an agent: which agent is next, how often, and how long to wait in between.
 
-Every failed attempt rules its agent out for a while: as long as the agent itself has said (Retry-After), or
-longer each time. Others are asked at once. When none is left the request waits for one, at most ``patience``
-seconds in all; time that an agent works on it does not count.
+An agent at which an attempt failed is not asked again for a while: as long as it said itself (Retry-After),
+or longer each time. Other agents are asked at once. When none is left the request waits, at most ``patience``
+seconds in all; the time in which an agent works on it does not count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .routing import Choice, choose
 
 log = logging.getLogger("blockyard.gateway")
 
-FIRST_PAUSE = 0.25  # seconds an agent that failed is not asked again, doubled each time
+FIRST_PAUSE = 0.25  # seconds for which an agent that failed is not asked again; doubled each time
 
 
 class Failure(Exception):
@@ -87,7 +87,7 @@ class Dispatch:
             ranked = choose(self._prefix, views, resting)
             if ranked:
                 return self._picked(ranked[0])
-            # A rest counts only if it is that of an agent which could be asked afterwards.
+            # Only agents that are ready will be worth asking when their pause is over.
             rests = [self._until[view.key] - now for view in views if view.ready and view.key in resting]
             if min(rests, default=0.0) > self._patience or self._patience <= 0:
                 raise self._given_up("there is no other agent")
@@ -103,7 +103,7 @@ class Dispatch:
         return pick
 
     def failed(self, pick: Pick, failure: Failure) -> None:
-        """The attempt came to nothing: leave its agent alone for a while."""
+        """The attempt failed: do not ask its agent again for a while."""
         key = pick.choice.agent.key
         self._last = failure
         self._failures[key] = self._failures.get(key, 0) + 1

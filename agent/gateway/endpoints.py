@@ -1,7 +1,7 @@
 """Where a gateway's agents are: a Service's EndpointSlices in Kubernetes, or a file on one machine.
 
-Both are followed for ever. What cannot be read for a while leaves the agents as they were last known: an
-unreachable API server must not take a service down that works without it.
+Both are followed for ever. While they cannot be read the agents stay as they were last known: a service that
+works must not stop because the API server cannot be reached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 log = logging.getLogger("blockyard.gateway")
 
 FILE_INTERVAL = 0.25  # seconds between two looks at the file
-WATCH_SECONDS = 60  # a watch is renewed so often, so that a dead connection is noticed
+WATCH_SECONDS = 60  # a watch is renewed after this, so that a dead connection is noticed
 ANSWER_TIMEOUT = 15.0  # seconds for a list, and for what a watch takes beyond WATCH_SECONDS
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds before the API server is asked again
 PAGE = 500  # slices in one answer
@@ -101,7 +101,8 @@ class ServiceAccount:
 class SliceEndpoints:
     """The EndpointSlices of one Service, by list and watch.
 
-    Addresses that Kubernetes calls not ready are taken too: an agent says itself whether it is, and sooner.
+    Addresses that Kubernetes calls not ready are taken too: the agent's own status tells whether it is ready,
+    and tells it sooner.
     """
 
     def __init__(self, api: str, namespace: str, service: str, account: ServiceAccount) -> None:
@@ -119,7 +120,7 @@ class SliceEndpoints:
         shown: frozenset[Endpoint] | None = None
         pause = FIRST_PAUSE
         trust = self._account.trust() if self._api.startswith("https") else False
-        # A fresh connection for every request: one that has gone dead is not met again.
+        # A new connection for every request, so that a dead one is never used again.
         connector = aiohttp.TCPConnector(ssl=trust, force_close=True)
         async with aiohttp.ClientSession(connector=connector) as session:
             while True:
@@ -143,7 +144,7 @@ class SliceEndpoints:
                         "EndpointSlices with %s: %s; the agents stay as they are, next try in %.1f s",
                         self._selector, str(error) or type(error).__name__, pause,
                     )  # fmt: skip
-                # Also after a watch that ended as it should: a server that ends them at once is not flooded.
+                # Pause after a normal end too, in case a server ends every watch at once.
                 if asyncio.get_running_loop().time() - begun > LONGEST_PAUSE:
                     pause = FIRST_PAUSE
                 await asyncio.sleep(pause * random.uniform(0.8, 1.2))

@@ -1,9 +1,8 @@
-"""The agents as a gateway sees them: followed by long polls, chosen from, and missed when they are lost.
+"""The agents as a gateway sees them: their status and prefixes, followed by long polls.
 
-Every agent is asked for its status, and for the prefixes it has served, all the time. An agent whose last
-report is old is not chosen any more, but not forgotten: it may be a network that has been slow. When it stays
-away, or comes back as another life, the attempts that still wait for it are told, since a machine that is
-gone closes no connection.
+An agent whose last report is old is no longer chosen, but not forgotten: perhaps only the network is slow.
+When it stays silent, or comes back as another incarnation, the attempts that still wait for it are ended,
+because a machine that has failed does not close its connections.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ log = logging.getLogger("blockyard.gateway")
 
 POLL_WAIT = 4.0  # seconds a long poll may last
 ANSWER_TIMEOUT = 6.0  # seconds for an answer beyond that
-STALE_AFTER = 6.0  # seconds after its last report an agent is not chosen any more
-LOST_AFTER = 9.0  # seconds after its last report what waits for it is told to go elsewhere
-POLL_INTERVAL = 0.05  # seconds between two polls at least: busy agents change all the time
+STALE_AFTER = 6.0  # seconds after its last report an agent is no longer chosen
+LOST_AFTER = 9.0  # seconds after its last report the attempts at it are ended
+POLL_INTERVAL = 0.05  # least seconds between two polls; the status of a busy agent changes with every step
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds before an agent that did not answer is asked again
 NO_PREFIXES_PAUSE = 30.0  # seconds before an agent that does not know /prefixes is asked again
 
@@ -39,7 +38,7 @@ Abandon = Callable[[str], None]
 
 
 class Agent:
-    """One agent: what it said last, and the attempts that are under way there."""
+    """One agent: its last report, and the attempts that are under way there."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -74,7 +73,7 @@ class Agent:
             name=self.endpoint.name,
             incarnation=status.incarnation,
             ready=self.ready(now),
-            # What was sent a moment ago is not in the report yet.
+            # The report does not include what was sent a moment ago.
             in_flight=max(status.in_flight, len(self.attempts)),
             waiting=status.waiting,
             capacity=status.capacity,
@@ -88,7 +87,7 @@ class Agent:
         self.status, self.seen, self.error = status, now, ""
 
     def abandon(self, why: str) -> None:
-        """Tell every attempt that it waits in vain."""
+        """End every attempt that waits for this agent, with the reason."""
         for attempt in list(self.attempts):
             attempt(why)
 
@@ -159,7 +158,7 @@ class FleetView:
         return ("; ".join(listed[:4]) + more) if listed else "none is known"
 
     async def next_change(self, seconds: float) -> None:
-        """Until something is known that was not, ``seconds`` at most."""
+        """Wait until something about the agents changes, ``seconds`` at most."""
         waiter = asyncio.Event()
         self._waiters.add(waiter)
         try:
@@ -173,7 +172,7 @@ class FleetView:
             waiter.set()
 
     def suspect(self, agent: Agent, why: str) -> None:
-        """A request has found out that the agent cannot be reached: do not choose it until it reports."""
+        """A request could not reach the agent: do not choose it until it reports again."""
         agent.error = why
         self._changed()
 
@@ -215,13 +214,13 @@ class FleetView:
         self._changed()
 
     async def _follow(self, agent: Agent) -> None:
-        """Ask for the status again and again; an agent that was removed until nothing waits for it."""
+        """Ask for the status again and again; for a removed agent until its last attempt has ended."""
         pause, version = FIRST_PAUSE, None
         while True:
             try:
                 status = await self._ask_status(agent, version)
             except (aiohttp.ClientError, OSError, TimeoutError, ValidationError, _Refused) as error:
-                version = None  # of the next life, if there is one
+                version = None  # the agent may come back as another incarnation
                 problem = _described(error)
                 if agent.error != problem:
                     log.warning("agent lost name=%s: %s", agent.endpoint.name, problem)
@@ -265,7 +264,7 @@ class FleetView:
                 OSError,
                 TimeoutError,
                 ValueError,
-            ):  # the status tells why, if it lasts
+            ):  # the poll of the status reports it
                 wait, pause = pause, min(2 * pause, LONGEST_PAUSE)
             else:
                 wait, pause = POLL_INTERVAL, FIRST_PAUSE
@@ -285,7 +284,7 @@ class FleetView:
 
 
 class _Refused(Exception):
-    """An agent answers, but not with what it was asked for."""
+    """The agent answers with an error status."""
 
     def __init__(self, path: str, status: int) -> None:
         super().__init__(f"{path} answers {status}" + (" (check the token)" if status == 401 else ""))

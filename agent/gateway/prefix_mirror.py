@@ -31,7 +31,7 @@ class PrefixMirror:
         ValueError if it has a hash that is none.
         """
         if report.incarnation != self.incarnation:
-            self._used.clear()  # versions of another life cannot be compared
+            self._used.clear()  # versions of another incarnation cannot be compared
             self.incarnation = report.incarnation
         for use in report.uses:
             for text in use.hashes:
@@ -40,7 +40,7 @@ class PrefixMirror:
         self._forget_before(report.oldest)
 
     def expect(self, prefix: Prefix) -> None:
-        """A request has just been sent there: count on it before the agent says so."""
+        """A request has just been sent there: its prefix will be cached before the agent reports it."""
         for entry in prefix.hashes:
             self._use(entry, self.version + 1)
         while len(self._used) > 2 * MAX_ENTRIES:

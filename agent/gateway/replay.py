@@ -1,9 +1,10 @@
-"""What a client has of a stream, so that another agent can go on with it.
+"""What a client has received of a stream, so that another agent can go on with it.
 
 A request that is greedy or seeded gives the same text wherever it is computed. When its agent is lost, the
-request is made again elsewhere; of the new stream everything that the client already has is swallowed, and
-the rest is sent as if nothing had happened, under the first stream's id. Agents cut the text differently
-into events, so what counts is the text of each choice and the tokens of its log-probs, not the events.
+request is sent to another one. Of the new stream everything that the client already has is left out, and the
+rest is sent under the first stream's id, so that the client notices nothing. Agents divide the text
+differently into events, so positions are counted in characters of each choice and in tokens of its log-probs,
+not in events.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ class BrokenStream(Exception):
 
 
 class AgentFailed(Exception):
-    """The agent ended the stream with an error. ``final`` if another agent would not fare better."""
+    """The agent ended the stream with an error. ``final``: another agent would answer the same."""
 
     def __init__(self, message: str, *, code: str, final: bool) -> None:
         super().__init__(message)
         self.code, self.final = code, final
 
 
-# What an agent says when it goes, and not the request was at fault.
+# Codes of errors that are about the agent and not about the request.
 RETRYABLE = ("engine_failed", "server_shutdown", "server_draining", "server_drained", "server_failed")
 
 
 @dataclass(slots=True)
 class _Choice:
-    """What the client has of one choice, and how far the stream that is read now has come in it."""
+    """What the client has of one choice, and the position in it of the stream that is being read."""
 
     text: str = ""
     tokens: list[str] = field(default_factory=list)  # those whose log-probs were sent
@@ -50,17 +51,17 @@ class _Choice:
 
 
 class Ledger:
-    """Follows one request's stream through as many agents as it takes."""
+    """Follows one request's stream through all the agents that it takes."""
 
     def __init__(self) -> None:
         self.replaying = False
         self.sent_anything = False
-        self._usage_sent = False  # by the one event without choices, after all others
+        self._usage_sent = False  # usage comes in one event without choices, after all others
         self._choices: dict[int, _Choice] = {}
-        self._head: dict[str, Any] = {}  # what names the stream: id and created of its first event
+        self._head: dict[str, Any] = {}  # id and created of the stream's first event, kept for all later ones
 
     def rewind(self) -> None:
-        """The next events come from the beginning of another stream."""
+        """The next events come from the beginning of another agent's stream."""
         self.replaying = self.sent_anything
         for choice in self._choices.values():
             choice.text_at = choice.tokens_at = 0
@@ -95,7 +96,7 @@ class Ledger:
     def _advance(self, new: dict[str, Any]) -> bool:
         """Cut off what the client has of this choice already; False if that leaves nothing."""
         known = self._choices.setdefault(new["index"], _Choice())
-        delta = new.get("delta")  # chat's; completions have the text beside the index
+        delta = new.get("delta")  # chat has a delta; completions have the text itself
         text = (delta.get("content") if delta is not None else new["text"]) or ""
         rest = self._unsent_text(known, text)
         logprobs = self._unsent_logprobs(known, new.get("logprobs"))

@@ -1,8 +1,8 @@
-"""What a gateway needs to know of a request; everything else is for the agent to judge.
+"""What a gateway needs to know of a request; the agent validates the rest.
 
 A sampled request without a seed gets a random one, so that it can be replayed: it is as random as before, and
-whoever lost its agent still gets one coherent answer. Only several prompts in one request get none, because
-one seed would give equal prompts equal answers.
+a client whose agent is lost still gets one coherent answer. Several prompts in one request get no seed,
+because one seed would give equal prompts equal answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from ..errors import BadRequest
 from ..prefix_sketch import Prefix, chat_parts, prompt_parts, sketch
 
-SEED_BITS = 53  # what a JSON number holds in every language
+SEED_BITS = 53  # what a JSON number holds exactly in every language
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def _several_prompts(data: dict[str, Any]) -> bool:
 
 
 def _prompt(data: dict[str, Any]) -> Iterator[str]:
-    """The text by which agents are chosen; whatever is malformed has none."""
+    """The text by which an agent is chosen; empty if the prompt is malformed."""
     messages, prompt = data.get("messages"), data.get("prompt")
     if isinstance(messages, list):
         yield from chat_parts(_message(message) for message in messages if isinstance(message, dict))

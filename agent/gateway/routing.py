@@ -1,13 +1,13 @@
-"""Which agent a request goes to: a pure function of what is known, so that gateways need not talk.
+"""Which agent a request goes to: a pure function, so that gateways agree without talking to each other.
 
-An agent's cost is what the request would add to it, in requests: one for every request it holds, one more
-for each that waits, the share of its KV pool in use, and the part of the prompt that it would have to
-compute because it is not in its cache. The cheapest agent is asked first.
+An agent's cost is the load that the request would find and add there, counted in requests: one for every
+request it holds, one more for each that waits, the share of its KV pool in use, and the part of the prompt
+that it would have to compute because it is not in its cache. The cheapest agent is asked first.
 
-A prefix that everybody uses would draw all requests to one agent. So no agent takes more than a quarter
-above the mean (consistent hashing with bounded loads, Mirrokni et al., SODA 2018): agents over that bound
-come after all others, however much they have cached. Equal costs are decided by rendezvous hashing of the
-prompt's beginning, so that a prefix that nobody has yet goes to the same agent from every gateway.
+A prefix that everybody uses would draw all requests to one agent. So no agent takes more than a quarter above
+the mean (consistent hashing with bounded loads, Mirrokni et al., SODA 2018): agents over that bound come
+after all others, however much they have cached. Equal costs are decided by rendezvous hashing of the prompt's
+beginning, so that a new prefix goes to the same agent from every gateway.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Literal
 from ..prefix_sketch import CHARACTERS_PER_TOKEN, Prefix
 from .prefix_mirror import PrefixMirror
 
-TOKENS_PER_REQUEST = 64  # computing so many prompt tokens again is weighed like one more request
-FULL_POOL = 16.0  # a pool without a free block is weighed like so many requests
+TOKENS_PER_REQUEST = 64  # computing so many prompt tokens costs as much as one more request
+FULL_POOL = 16.0  # a full pool costs as much as so many requests
 OVER_MEAN = 1.25  # the bound: so many times the mean load ...
 SLACK = 2.0  # ... and so many requests, so that nearly idle agents may differ
-TIE_HASH = 7  # ties are decided by the first 512 characters at most: what comes later is the user's own
+TIE_HASH = 7  # ties are decided by the first 512 characters: later text is different for each user
 
 
 @dataclass(frozen=True, slots=True)
 class AgentView:
-    """One agent as a gateway sees it. ``key`` is that of one life of its process."""
+    """One agent as a gateway sees it. ``key`` identifies one incarnation of it."""
 
     name: str
     incarnation: str = ""
@@ -96,12 +96,12 @@ def _weigh(prefix: Prefix, agent: AgentView, bound: float) -> Choice:
         "full" if agent.in_flight >= agent.capacity else "over_bound" if agent.load > bound else "open"
     )
     cost = computed + agent.load + FULL_POOL * agent.used
-    # Over the bound it is the load that matters: what is cached there must not keep drawing requests.
+    # Over the bound only the load counts: cached prefixes must not attract more requests.
     cost = cost if standing == "open" else agent.load + FULL_POOL * agent.used
     return Choice(agent, standing, cost, shared, prefix.length, bound)
 
 
 def _rendezvous(beginning: int, agent: AgentView) -> int:
-    """By name: a restarted agent is wanted for the same prefixes as before."""
+    """Hashed by name, so that a restarted agent attracts the same prefixes as before."""
     digest = blake2b(f"{beginning:x} {agent.name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")

@@ -1,9 +1,9 @@
-"""The gateway: the stateless front door that holds the clients' connections and picks the agents.
+"""The gateway: a stateless HTTP server that holds the clients' connections and picks the agents.
 
-A request is sent to the agent that ``routing`` puts first. What has not produced a token is repeated
-elsewhere; a stream that has is replayed and goes on where it was (``replay``), so that a client notices
-nothing when an agent is killed, drained or cut off. Gateways share nothing: each sees the agents as they
-report themselves.
+A request is sent to the agent that ``routing`` puts first. A request that has produced no token is repeated
+at another agent; a stream that has is replayed there and goes on where it was (``replay``), so that a client
+does not notice when an agent is killed, drained or cut off. Gateways share no state: each sees the agents as
+they report themselves.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ from .upstream import Answer, Attempt, TookTooLong
 
 log = logging.getLogger("blockyard.gateway")
 
-SEND_BUFFER = (
-    1 << 16
-)  # bytes that the system may hold for a client; few, so that a stalled one is noticed soon
+SEND_BUFFER = 1 << 16  # bytes the kernel buffers for a client; few, so that a stalled client is noticed soon
 KEEP_ALIVE = 15.0  # seconds an unused connection to an agent is kept; agents keep theirs longer
 EXIT_DELAY = 1.0  # seconds in which answers that were cut off are still sent
 
@@ -101,7 +99,7 @@ class Gateway:
         return web.json_response({"state": "stopping" if self.stopping else "running"})
 
     async def readyz(self, _request: web.Request) -> web.Response:
-        """Ready for requests: while an agent is, and until a SIGTERM."""
+        """Ready while at least one agent is, until SIGTERM."""
         agents = self.fleet.ready()
         ready = not self.stopping and (agents > 0 or self.settings.ready_without_agents)
         return web.json_response({"ready": ready, "ready_agents": agents}, status=200 if ready else 503)
@@ -150,14 +148,14 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _serving(self, tenant: str) -> AsyncIterator[None]:
-        """Within it a request of the tenant is open: bounded, and ended when the gateway has to go."""
+        """Count the tenant's request as open: within its limits, and cancelled when the gateway must stop."""
         task = asyncio.current_task()
         assert task is not None
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._limits.request(tenant))
             except LimitReached as error:
-                label = tenant if self._keys is not None else ""  # what clients make up is no label
+                label = tenant if self._keys is not None else ""  # nobody has checked the name
                 self.metrics.refusals.labels(label, error.reason).inc()
                 raise Unavailable(
                     str(error), status=429, code="rate_limit_exceeded", retry_after=error.retry_after
@@ -173,7 +171,9 @@ class Gateway:
                     self.drained.set()
 
     def why_cancelled(self) -> BaseException:
-        """In a request that was cancelled: what to raise. Nothing new if it is the client who is gone."""
+        """What to raise in a request that was cancelled: CancelledError if the client has gone, else an error
+        that says why the gateway ends it.
+        """
         if not self._cut_off:
             return asyncio.CancelledError()
         task = asyncio.current_task()
@@ -187,7 +187,7 @@ class Gateway:
         )
 
     def stop(self) -> None:
-        """From now on not ready; ``drained`` is set once nothing is open."""
+        """Stop being ready; ``drained`` is set once no request is open."""
         self.stopping = True
         if not self.open:
             self.drained.set()
@@ -223,7 +223,7 @@ class Gateway:
     # ── Requests ──────────────────────────────────────────────────────────────────────────────────
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
-        """What any agent can answer."""
+        """A request that any agent can answer."""
         tenant = self._tenant(request)
         if request.method == "GET":
             return await self._whole(request, None, Prefix(), tenant)
@@ -244,7 +244,7 @@ class Gateway:
     async def _whole(
         self, request: web.Request, body: bytes | None, prefix: Prefix, tenant: str
     ) -> web.StreamResponse:
-        """An answer that is sent once it is all there; until then it can be asked for again and again."""
+        """An answer that is sent to the client as a whole, so that it can be repeated until then."""
         dispatch, deadline = self.dispatch(request, prefix), self.deadline()
         headers = self.headers_for(request, tenant)
         while True:
@@ -269,7 +269,7 @@ class Gateway:
 
 
 class _ClientGone(Exception):
-    """Nobody takes the stream any more."""
+    """The client no longer reads the stream."""
 
 
 class _Stream:
@@ -285,7 +285,7 @@ class _Stream:
         self._begin = time.monotonic()
 
     async def serve(self) -> web.StreamResponse:
-        """What goes wrong before the first event is raised, and later is the last event."""
+        """An error before the first event is raised; a later one becomes the last event."""
         try:
             return await self._serve()
         except _ClientGone as gone:
@@ -335,7 +335,7 @@ class _Stream:
         self._gateway.metrics.replays.labels("begun").inc()
 
     async def _relay(self, attempt: Attempt, pick: Pick) -> web.StreamResponse:
-        """Send the client what it does not have yet, until the end. Failure if the agent is lost before."""
+        """Send the client what it does not have yet, until the end. Failure if the agent is lost earlier."""
         async with contextlib.aclosing(attempt.events()) as batches:
             async for batch in batches:
                 fresh, ended, problem = self._sift(batch, pick)
@@ -407,7 +407,7 @@ class _Stream:
         return response
 
     async def _end_with(self, error: Exception) -> web.StreamResponse:
-        """Say in the stream itself why it does not go on."""
+        """Send the error as the stream's last event."""
         assert self._response is not None
         status, body = described(error)
         if status == 500:
@@ -429,7 +429,7 @@ def _interrupted(code: str, message: str) -> Unavailable:
 
 
 def _explained(pick: Pick) -> dict[str, str]:
-    """Headers that say who answers and why."""
+    """Response headers that name the agent and the reason for choosing it."""
     return {"x-blockyard-agent": pick.name, "x-blockyard-why": pick.why}
 
 

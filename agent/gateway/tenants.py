@@ -19,16 +19,16 @@ log = logging.getLogger("blockyard.gateway")
 
 MAX_TENANT = 128  # characters; agents take no longer ones
 LOOK_INTERVAL = 1.0  # seconds between two looks at the keys
-MANY_TENANTS = 1024  # so many are remembered before those that ask for nothing are forgotten
-ROUNDING = 1e-6  # of a request, by which sums of fractions may be off: who waits as long as told is let in
+MANY_TENANTS = 1024  # more are remembered only if they have requests open or recent
+ROUNDING = 1e-6  # of a request; rounding must not refuse a tenant who waited as long as Retry-After said
 
 
 class Keys:
     """A folder as Kubernetes mounts a Secret: a file is a tenant, its lines are the tenant's API keys.
 
-    Keys are compared by a digest that is keyed with a secret of this process, so that how long a look-up
-    takes says nothing about any key. Changed files count at most a second later; those that cannot be read
-    do not change anything.
+    Keys are looked up by a digest that is keyed with a secret of this process, so that the time of a look-up
+    tells nothing about any key. Changed files take effect within a second; files that cannot be read change
+    nothing.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -142,7 +142,7 @@ class Limits:
     def _account(self, tenant: str) -> _Account:
         now = self._clock()
         if len(self._accounts) >= self._many and tenant not in self._accounts:
-            # Whoever has nothing open and a full bucket is as good as new.
+            # A tenant with nothing open and a full bucket can be forgotten.
             self._accounts = {
                 name: account
                 for name, account in self._accounts.items()

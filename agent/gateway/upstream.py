@@ -1,7 +1,7 @@
-"""One attempt: a request at one agent, until its answer is there or it is clear that none will come.
+"""One attempt: a request at one agent, until its answer has come or it is clear that none will.
 
-Whatever another agent could do better is raised as ``Failure``; whatever is between the client and the model
-(a bad field, an unknown model) is the answer, and passes through untouched.
+What another agent could do better is raised as ``Failure``. What is wrong with the request itself (a bad
+field, an unknown model) is the answer, and is passed on unchanged.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .metrics import GatewayMetrics
 
 CONNECT_TIMEOUT = 3.0  # seconds until an agent's machine must have answered
 END_TIMEOUT = 1.0  # seconds for an agent to end a response after its last event
-MAX_RETRY_AFTER = 300.0  # seconds; what an agent asks for beyond that is not believed
+MAX_RETRY_AFTER = 300.0  # seconds; a longer Retry-After is cut to this
 
 T = TypeVar("T")
 
 
 class TookTooLong(Exception):
-    """The request's own time is over."""
+    """The request_timeout is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class Attempt:
         self._tokens = tokens
         self._begin = asyncio.get_running_loop().time()
         self._response: aiohttp.ClientResponse | None = None
-        self._scope: asyncio.Timeout | None = None  # of what is being awaited
-        self._abandoned = ""  # why nothing will come any more
+        self._scope: asyncio.Timeout | None = None  # the timeout around the current await
+        self._abandoned = ""  # why the agent was given up; empty while it is not
 
     async def __aenter__(self) -> Attempt:
         self._pick.agent.attempts.add(self._abandon)
@@ -72,7 +72,7 @@ class Attempt:
     ) -> None:
         self._pick.agent.attempts.discard(self._abandon)
         if self._response is not None:
-            # A response that was read to its end has given its connection back; any other one is cut off.
+            # Closes the connection, unless the response was read to its end and has returned it.
             self._response.close()
         outcome = "ok" if kind is None else error.reason if isinstance(error, Failure) else "error"
         outcome = "cancelled" if isinstance(error, asyncio.CancelledError | ConnectionError) else outcome
@@ -84,7 +84,7 @@ class Attempt:
             self._scope.reschedule(0.0)
 
     async def _from_agent(self, work: Awaitable[T]) -> T:
-        """Await something of the agent's; what says that it is lost becomes a Failure."""
+        """Await an operation at the agent; a lost connection or agent becomes a Failure."""
         try:
             async with asyncio.timeout_at(0.0 if self._abandoned else self._deadline) as self._scope:
                 return await work
@@ -102,7 +102,9 @@ class Attempt:
             self._scope = None
 
     async def send(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> None:
-        """Until the agent has begun to answer. Failure if it refuses, but for the request's own sake."""
+        """Send the request and wait for the response to begin. Failure if the agent refuses for its own
+        reasons (busy, draining), not because of the request.
+        """
         url = self._pick.agent.endpoint.url + path
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
         for credentials in authorizations(self._tokens):
@@ -143,7 +145,7 @@ class Attempt:
         return Answer(self._response.status, body, self._response.content_type)
 
     async def finish(self) -> None:
-        """The last event was there: take the end of the response too, so that the connection can be kept."""
+        """After the last event: read the end of the response too, so that the connection can be reused."""
         assert self._response is not None
         with contextlib.suppress(Failure, TookTooLong):
             self._deadline = min(self._deadline, asyncio.get_running_loop().time() + END_TIMEOUT)

@@ -1,10 +1,10 @@
 """BlockPool: the only place where a block of a tier is handed out, shared, found again and taken back.
 
-A block is in exactly one of three states. *Active*: someone holds a reference. *Cached*: nobody does,
-but its content is known by its key and can be revived. *Free*: nobody does and the content is worthless.
-Cached and free blocks sit in one list, in the order in which they will be taken: worthless blocks in
-front, then cached ones by how long ago they were used. The list is intrusive (links inside the block
-objects), because reviving a cached block takes it out of the middle, and that must be O(1).
+A block is in exactly one of three states. *Active*: it has references. *Cached*: it has none, but its content
+is known by its key and can be revived. *Free*: it has neither references nor known content. Cached and free
+blocks are in one list, in the order in which they will be taken: free blocks first, then cached ones, the
+least recently used first. The list is intrusive (links inside the block objects), because reviving a cached
+block takes it out of the middle, and that must be O(1).
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class BlockPool:
     def release(self, block_ids: Sequence[int]) -> None:
         """One reference less to each block of a chain, given from its start.
 
-        The chain's end becomes idle first, and so is evicted first: a prefix is only of use as long
-        as everything before it is there.
+        The chain's end becomes idle first and so is evicted first, because a block can only be reused
+        together with all blocks before it.
         """
         for block_id in reversed(block_ids):
             block = self._blocks[block_id]
@@ -150,14 +150,14 @@ class BlockPool:
                     self._num_cached += 1
 
     def publish(self, block_id: int, key: bytes, depth: int) -> None:
-        """Make a full active block findable.
+        """Make a full active block findable by its key.
 
-        The first block with a key keeps it; equal ones stay anonymous. Publishing the same again changes
-        nothing, publishing something else is a bug: a published block is immutable.
+        If another block has the key already, that one stays the one to be found. Publishing the same again
+        changes nothing; publishing other content is a bug, because a published block is immutable.
         """
         block = self._blocks[block_id]
         if block.references < 1:
-            raise ValueError(f"block {block_id} is idle: nobody can vouch for its content")
+            raise ValueError(f"block {block_id} is idle: its content may be overwritten at any time")
         if block.key is not None and block.key != key:
             raise ValueError(f"block {block_id} is published already, with other content")
         if key not in self._by_key:
@@ -192,7 +192,7 @@ class BlockPool:
         return [HotPrefix(key.hex(), self._by_key[key].depth * block_tokens, hits) for key, hits in best]
 
     def clear_cache(self) -> None:
-        """Forget all content nobody holds. Active blocks stay published."""
+        """Forget the content of all cached blocks. Active blocks stay published."""
         for block in list(self._idle):
             if block.key is not None:
                 self._forget(block)

@@ -18,7 +18,7 @@ CGROUPS = (
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can be taken without swapping. Page cache counts as free, because it gives way."""
+    """Bytes that can be taken without swapping. Page cache counts as free, because it is dropped first."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     machine = _read_table(proc / "meminfo").get("MemAvailable:")
     if machine is not None:

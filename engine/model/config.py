@@ -92,7 +92,7 @@ class ModelConfig:
         max_positions = int(raw["max_position_embeddings"])
         window = raw.get("sliding_window")
         if window is not None and (family == "mistral" or raw.get("use_sliding_window", False)):
-            # Within the window full attention is the same; beyond it this engine would differ from the model.
+            # Up to the window full attention gives the same result; beyond it the engine would be wrong.
             max_positions = min(max_positions, int(window))
         heads = int(raw["num_attention_heads"])
         kv_heads = int(raw.get("num_key_value_heads") or heads)

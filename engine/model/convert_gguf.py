@@ -33,7 +33,7 @@ def convert(gguf: Path, target: Path) -> None:
     }
     target.mkdir()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "model.safetensors").chmod(0o644)  # as all other files: an image may be built as another user
+    (target / "model.safetensors").chmod(0o644)  # an image may run as another user
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]

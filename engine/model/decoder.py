@@ -27,7 +27,7 @@ BLOCK_ORDER = "layers, k and v, kv_heads, block_tokens, head_dim"
 
 
 def pool_shape(config: ModelConfig, blocks: int, kv_heads: int, block_tokens: int) -> tuple[int, ...]:
-    """The layout of a pool, decided here alone: block-major, so that a block is one contiguous slab."""
+    """The layout of a pool; no other code decides it. Block-major, so that a block is one contiguous slab."""
     return (blocks, config.num_layers, 2, kv_heads, block_tokens, config.head_dim)
 
 
@@ -134,7 +134,7 @@ class Model:
             self._norm = weights.get("model.norm.weight", (config.hidden_size,))
             self._head = kernels.prepare_linear(self._load_head(weights), None)
             unknown = [n for n in weights.unread if n.startswith("model.") and not n.endswith(".inv_freq")]
-        if unknown:  # a bias that is not added, say, would only make the answers a little wrong
+        if unknown:  # an ignored tensor, such as a bias, would make the answers subtly wrong
             raise ConfigError(
                 f"model {directory} has {len(unknown)} tensors that a {config.architecture} with its "
                 f"config.json has no place for: {', '.join(unknown[:4])}, ..."
@@ -165,7 +165,7 @@ class Model:
             where = {"axis": 1, "begin": rank * step, "end": (rank + 1) * step}
             weight = weights.get(f"{prefix}{name}.weight", (hidden, columns), **where)
             added = weights.get(f"{prefix}{name}.bias", (hidden,)) if bias else None
-            return kernels.prepare_linear(weight, added if rank == 0 else None)  # only one may add the bias
+            return kernels.prepare_linear(weight, added if rank == 0 else None)  # added once
 
         qkv = {"self_attn.q_proj": (heads, rank, size), "self_attn.k_proj": kv, "self_attn.v_proj": kv}
         gate_up = {"mlp.gate_proj": (inner, rank, size), "mlp.up_proj": (inner, rank, size)}
@@ -268,7 +268,7 @@ def _llama3_frequencies(frequency: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def _yarn_frequencies(frequency: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): what turns often is kept, what turns rarely is stretched."""
+    """YaRN (arXiv 2309.00071, section 3.2): high frequencies are kept, low frequencies are stretched."""
 
     def dimension(turns: float) -> float:
         """The (fractional) pair of dimensions that turns this often within the original context."""
@@ -290,7 +290,7 @@ def _yarn_frequencies(frequency: Tensor, rope: RopeConfig, head_dim: int) -> Ten
 def layout_digest(
     directory: Path, config: ModelConfig, *, dtype: torch.dtype, block_tokens: int, tensor_parallel: int
 ) -> str:
-    """Hash of all that makes two engines' blocks exchangeable, and of nothing that is one instance's."""
+    """Hash of all properties that make two engines' blocks exchangeable, and of none of one instance."""
     facts = {
         "weights": weights_identity(directory),
         "order": BLOCK_ORDER,

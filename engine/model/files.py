@@ -1,8 +1,8 @@
 """Model files: from a name, a folder or a GGUF file to a local folder that the engine can load.
 
 What has to be fetched or converted is prepared once, in the user's cache folder, under a lock and by an
-atomic rename: a half-prepared model is never seen. Conversion (GGUF through transformers' dequantisation)
-runs in a child process, so that whoever asks does not end up with transformers in its memory.
+atomic rename, so that a half-prepared model is never used. Conversion (GGUF through transformers'
+dequantisation) runs in a child process, so that transformers is not loaded into the memory of the agent.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _once(name: str, make: Callable[[Path], None]) -> Path:
     try:
         models.mkdir(parents=True, exist_ok=True)
         with FileLock(models / f"{name}.lock", timeout=2 * CHILD_TIMEOUT):
-            if not target.is_dir():  # somebody else may have made it while we waited
-                shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            if not target.is_dir():  # another process may have made it while this one waited
+                shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
                 try:
                     make(partial)
                     partial.rename(target)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, without torch: the HTTP process does this, the engine knows only ids."""
+"""Text to tokens and back, without torch: done in the HTTP process, the engine only gets ids."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Tokenizer:
         template = config.get("chat_template")
         if (directory / "chat_template.jinja").is_file():
             template = (directory / "chat_template.jinja").read_text()
-        if isinstance(template, list):  # several named ones
+        if isinstance(template, list):  # several templates with names
             template = next((t["template"] for t in template if t["name"] == "default"), None)
         special = {
             name: value if isinstance(value, str) else value["content"]
@@ -114,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _compile(source: str) -> jinja2.Template:
-    """As transformers does it: a sandbox, since templates come with models that somebody else made."""
+    """In a sandbox, as transformers does it, because templates come with models from other people."""
 
     def refuse(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)

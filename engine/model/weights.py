@@ -60,7 +60,7 @@ class Weights:
 
     @property
     def unread(self) -> list[str]:
-        """Names of tensors that nobody asked for, sorted."""
+        """Names of tensors that were never asked for, sorted."""
         return sorted(self._unread)
 
     def get(

@@ -338,7 +338,7 @@ class PodTemplate(Resource):
 
 
 class GatewaySpec(Resource):
-    """The stateless front door that picks an agent for each request."""
+    """Stateless HTTP servers that hold the connections of clients and pick an agent for each request."""
 
     replicas: int = Field(
         default=1,

@@ -1,7 +1,8 @@
-"""A process of the local runtime: started with a container's settings, restarted like one, ended in time.
+"""A process of the local runtime: started with a container's settings, restarted and ended as the kubelet
+does.
 
-On one machine this is what the kubelet is in a cluster. Whatever happens to the runtime, its processes do not
-outlive it (on Linux the kernel sees to that even after a kill -9).
+Its processes do not outlive the runtime, however that ends: on Linux the kernel kills them even after a kill
+-9.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 FIRST_RESTART, LONGEST_RESTART = 1.0, 60.0  # seconds before a process that died is started again; doubling
-STABLE = 60.0  # seconds after which a death is no longer held against it
-LOG_BYTES = 8 << 20  # a log that is longer begins anew
+STABLE = 60.0  # seconds of running after which the restart back-off begins anew
+LOG_BYTES = 8 << 20  # a longer log is begun anew
 _LISTENS = re.compile(r"(http://\S+?)(?=[\s,]|$)")
 _PR_SET_PDEATHSIG = 1
 
@@ -44,7 +45,7 @@ class LocalProcess:
         self.log = log
         self.url = ""
         self.restarts = 0
-        self.last_words = ""  # how it ended last
+        self.last_words = ""  # how it ended last: exit code and last line
         self.started_at = 0.0
         self._command = command
         self._environment = environment
@@ -91,7 +92,7 @@ class LocalProcess:
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
             process = self._process
-            if self._stopping:  # asked to go while it was being started
+            if self._stopping:  # stop() was called while the process was being started
                 self._signal(signal.SIGTERM)
             self._on_change()
             assert process.stdout is not None
@@ -128,7 +129,7 @@ class LocalProcess:
 
 
 def _last_line(log: Path) -> str:
-    """The last thing that was said, after a colon."""
+    """ ": " and the last line of the log, if there is one."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))

@@ -38,13 +38,13 @@ DEFAULTS = Defaults(image="local", namespace="local")
 TICK = 1.0  # seconds between rounds in which nothing has happened: for deadlines and for the manifest's file
 STATE = "state.json"
 EXIT_GRACE = 10.0  # seconds a process gets beyond its own grace period
-# What only makes sense in a container: the agent's own defaults are right here.
+# Settings for containers only; on one machine the agent's own defaults are right.
 IN_CONTAINERS = {"BLOCKYARD_CACHE", "BLOCKYARD_TOKEN_DIR", "HF_HOME", "HOME"}
 
 
 @dataclass(slots=True)
 class LocalAgent:
-    """What is known of one agent besides its process: what a pod's metadata would hold."""
+    """What is known of one agent besides its process, as a pod's metadata would hold it."""
 
     name: str
     uid: str
@@ -157,7 +157,9 @@ class LocalRuntime:
     # ── The manifest ──────────────────────────────────────────────────────────────────────────────
 
     def _read_again(self) -> None:
-        """Follow the file. What cannot run is said, and the last version that can goes on."""
+        """Follow the manifest's file. A version that cannot run here is reported, and the one before stays in
+        force.
+        """
         try:
             stamp = self.manifest.stat().st_mtime_ns
         except OSError:
@@ -178,7 +180,7 @@ class LocalRuntime:
         spec, before = service.spec, self.service.spec
         assert spec is not None and before is not None
         if spec.autoscaling is not None and "replicas" not in spec.model_fields_set:
-            service = _with_replicas(service, before.replicas)  # an apply would leave it alone, too
+            service = _with_replicas(service, before.replicas)  # as kubectl apply would
         self.service = service
 
     # ── One round ─────────────────────────────────────────────────────────────────────────────────
@@ -250,7 +252,7 @@ class LocalRuntime:
         return tuple(gpu for gpu in self.machine.gpus if gpu not in taken)
 
     def _environment(self, name: str, revision: str, gpus: tuple[int, ...]) -> dict[str, str]:
-        """This process's, with what the pod's container would get in place of any settings that are in it."""
+        """This process's environment without settings of Blockyard, plus the environment of the container."""
         spec = self.service.spec
         assert spec is not None
         container = children.agent_pod(self.service, name, revision, DEFAULTS)["spec"]["containers"][0]
@@ -333,7 +335,7 @@ class LocalRuntime:
     # ── The end ───────────────────────────────────────────────────────────────────────────────────
 
     async def _end(self) -> None:
-        """The gateway first, so that nothing new comes, then the agents."""
+        """Stop the gateway first, so that no new requests come, then the agents."""
         spec = self.service.spec
         grace = EXIT_GRACE + (0 if spec is None else spec.drain.timeout_seconds)
         if self.gateway is not None:
@@ -376,5 +378,7 @@ def _replace(file: Path, text: str) -> None:
 
 
 def _is_setting(name: str) -> bool:
-    """Settings of ours in the environment are for commands of their own, not for the manifest's agents."""
+    """Whether a variable of this process is a setting of Blockyard. Such variables are meant for commands
+    that a user starts, not for the manifest's agents.
+    """
     return name.startswith("BLOCKYARD_") and name != "BLOCKYARD_CACHE" and name != "BLOCKYARD_CPU_KERNELS"

@@ -25,14 +25,16 @@ PROMPTS = (
 class Clients:
     """OpenAI's clients in threads of their own, half of their requests streamed, all of them greedy.
 
-    ``doors`` gives the addresses that the service's Service leads to at the moment: a request goes to any of
+    ``addresses`` gives the addresses that the service's Service leads to at the moment: a request goes to any of
     them. An attempt that comes to no proper end is ``broken`` and is made again, by its own client and not by
     OpenAI's, so that it is seen; a request whose attempts are all broken has ``failed``.
     """
 
-    def __init__(self, model: str, doors: Callable[[], list[str]], count: int = 3, tokens: int = 24) -> None:
+    def __init__(
+        self, model: str, addresses: Callable[[], list[str]], count: int = 3, tokens: int = 24
+    ) -> None:
         self._model = model
-        self._doors = doors
+        self._addresses = addresses
         self._tokens = tokens
         self.answers: dict[str, set[str]] = defaultdict(set)
         self.served = 0
@@ -77,7 +79,9 @@ class Clients:
         answer = None
         for _ in range(TRIES):
             try:
-                answer = ask(chance.choice(self._doors()), self._model, prompt, self._tokens, stream=streamed)
+                answer = ask(
+                    chance.choice(self._addresses()), self._model, prompt, self._tokens, stream=streamed
+                )
                 break
             except Exception as error:  # noqa: BLE001 -- whatever it is, the client has got no answer
                 with self._changed:
@@ -93,7 +97,7 @@ class Clients:
 
 
 def ask(
-    door: str,
+    gateway: str,
     model: str,
     prompt: str,
     tokens: int,
@@ -108,7 +112,7 @@ def ask(
         "max_tokens": tokens,
         "temperature": 0,
     }
-    with openai.OpenAI(base_url=f"http://{door}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"http://{gateway}/v1", api_key="none", max_retries=0, timeout=120) as client:
         if not stream:
             choice = client.chat.completions.create(**request).choices[0]
             return f"{choice.message.content} [{choice.finish_reason}]"

@@ -47,7 +47,7 @@ class Stage:
         self.service = Service(cluster, NAME, namespace)
         self.add_node("a", "agents")
         self.add_node("b", "agents")
-        self.add_node("door", "gateways")
+        self.add_node("gateways-node", "gateways")
 
         def on(role: str) -> dict[str, object]:
             return {"spec": {"nodeSelector": {"for": f"{namespace}-{role}"}}}
@@ -56,13 +56,13 @@ class Stage:
         cluster.create(manifest(NAME, namespace, gateway=gateway, template=on("agents")))
         self.service.wait(settled(1))
         cluster.wait_for_endpoints(NAME, namespace, GATEWAYS)
-        self.clients = Clients(NAME, self.doors)
+        self.clients = Clients(NAME, self.addresses)
 
     def add_node(self, name: str, role: str) -> None:
         labels = {"for": f"{self.namespace}-{role}"}
         self.cluster.run(self.nodes.add(f"{self.namespace}-{name}", gpus=0, labels=labels))
 
-    def doors(self) -> list[str]:
+    def addresses(self) -> list[str]:
         return self.cluster.endpoints(NAME, self.namespace)
 
     def scale(self, replicas: int) -> None:
@@ -130,7 +130,7 @@ def test_rolled_out_agents_and_gateways_with_the_operator_killed_in_the_middle(s
     new = service.wait(settled(2))["status"]["revision"]
     for pod in before:
         stage.cluster.wait_until_gone("Pod", pod["metadata"]["name"], stage.namespace)
-    assert len(stage.doors()) == GATEWAYS
+    assert len(stage.addresses()) == GATEWAYS
     revisions = {pod["metadata"]["labels"]["serving.blockyard.dev/revision"] for pod in service.pods()}
     assert revisions == {new} != {old}
     stage.check()
@@ -188,12 +188,12 @@ def test_the_service_is_deleted(stage: Stage) -> None:
     stage.clients.stop()
     begun = threading.Barrier(3)
 
-    def stream(door: str) -> str:
+    def stream(address: str) -> str:
         prompt = "Tell me a long story about the sea."
-        return ask(door, NAME, prompt, 96, stream=True, begun=lambda: begun.wait(timeout=120))
+        return ask(address, NAME, prompt, 96, stream=True, begun=lambda: begun.wait(timeout=120))
 
     with ThreadPoolExecutor() as threads:
-        answers = [threads.submit(stream, door) for door in stage.doors()]
+        answers = [threads.submit(stream, address) for address in stage.addresses()]
         begun.wait(timeout=120)
         stage.cluster.delete("LLMService", NAME, stage.namespace)
         first, second = (answer.result() for answer in answers)

@@ -13,7 +13,7 @@ from blockyard.agent.gateway.settings import GatewaySettings
 from blockyard.agent.settings import AgentSettings
 from blockyard.operator import children
 from blockyard.operator.children import Defaults, TemplateError
-from blockyard.operator.observed import REVISION_ENV, REVISION, SERVICE, UNDRAINED, Pod, Service
+from blockyard.operator.observed import REVISION, REVISION_ENV, SERVICE, UNDRAINED, Pod, Service
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEFAULTS = Defaults(image="registry/agent:1", namespace="blockyard-system")
@@ -84,7 +84,7 @@ def test_the_agent_takes_its_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in values(container).items():
         monkeypatch.setenv(name, value)
     known = {f"BLOCKYARD_{name.upper()}" for name in AgentSettings.model_fields}
-        known |= {"BLOCKYARD_CACHE", REVISION_ENV}
+    known |= {"BLOCKYARD_CACHE", REVISION_ENV}
     assert {each["name"] for each in container["env"] if each["name"].startswith("BLOCKYARD_")} <= known
     settings = AgentSettings.load({})
     wanted = {

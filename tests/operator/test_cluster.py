@@ -31,7 +31,7 @@ class Kept:
         )
 
 
-def test_the_older_of_two_tellings_is_dropped_whichever_comes_last() -> None:
+def test_the_older_of_two_updates_is_dropped_whichever_comes_last() -> None:
     kept = Kept()
     kept.mirror.put(thing("a", 5, value=5))
     kept.mirror.put(thing("a", 4, value=4))
