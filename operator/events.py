@@ -49,25 +49,39 @@ class Recorder:
         self._instance = instance
         self._clock = clock
         self._posted: dict[str, float] = {}  # when each name was last posted; oldest first
+        self._unposted: dict[str, int] = {}  # repetitions since then, which the next post counts too
         self._budgets: dict[str, _Budget] = {}  # by uid of the service
 
     async def emit(
-        self, service: Service, kind: Literal["Normal", "Warning"], reason: str, action: str, message: str
+        self,
+        service: Service,
+        kind: Literal["Normal", "Warning"],
+        reason: str,
+        action: str,
+        message: str,
+        repeat: float = REPEAT,
     ) -> None:
-        """Say what was done (``action``, one CamelCase verb) or what is wrong, and why."""
+        """Say what was done (``action``, one CamelCase verb) or what is wrong, and why.
+
+        The same event is posted again after ``repeat`` seconds at the earliest; what comes before is counted.
+        """
         message = message[:LONGEST_MESSAGE]
         digest = hashlib.sha256(f"{service.uid}\0{kind}\0{reason}\0{message}".encode()).hexdigest()[:16]
         name, now = f"{service.name}.{digest}", self._clock()
-        if now - self._posted.get(name, float("-inf")) < REPEAT:
-            return
-        if not self._budgets.setdefault(service.uid, _Budget(at=now)).take(now):
+        times = self._unposted.pop(name, 0) + 1
+        early = now - self._posted.get(name, float("-inf")) < repeat
+        if early or not self._budgets.setdefault(service.uid, _Budget(at=now)).take(now):
+            if name in self._posted:
+                self._unposted[name] = times
             return
         self._posted.pop(name, None)
         self._posted[name] = now
         while len(self._posted) > KEEP:
-            del self._posted[next(iter(self._posted))]
+            oldest = next(iter(self._posted))
+            del self._posted[oldest]
+            self._unposted.pop(oldest, None)
         try:
-            await self._post(self._body(service, name, kind, reason, action, message, stamp(now)))
+            await self._post(self._body(service, name, kind, reason, action, message, stamp(now)), times)
         except KubeError as error:
             log.warning("event %s (%s) was not posted: %s", reason, message, error)
 
@@ -75,7 +89,7 @@ class Recorder:
         """The service is gone."""
         self._budgets.pop(uid, None)
 
-    async def _post(self, body: Raw) -> None:
+    async def _post(self, body: Raw, times: int) -> None:
         namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
         found = await self._kube.get(EVENT, namespace, name)
         if found is None:
@@ -84,7 +98,7 @@ class Recorder:
             except Conflict:
                 log.debug("event %s was posted by another operator", name)
             return
-        count = int(found.get("count") or 1) + 1
+        count = int(found.get("count") or 1) + times
         try:
             await self._kube.merge(
                 EVENT, namespace, name, {"count": count, "lastTimestamp": body["lastTimestamp"]}

@@ -53,6 +53,7 @@ RESYNC_SPREAD = 30.0  # seconds over which a re-list's rounds are spread
 RESYNC_RETRY = 5.0
 SECRET_INTERVAL = 10.0  # seconds after which a service's Secret is looked at again
 SECRETS_PER_SECOND = 20.0  # at most, in all services
+RESTORED_REPEAT = 10.0  # seconds between two posts of the same event about a change that was undone
 TAKEN_RETRY = 15.0  # seconds after which a name that others had is tried again
 DRAIN_RETRY = 2.0  # seconds after an agent could not be asked to drain; until the drain's deadline
 
@@ -281,8 +282,7 @@ class Reconciler:
             if seconds is not None:
                 self._queue.add_after(key, seconds)
         for message in mended:
-            log.warning("%s", message)
-            await self._recorder.emit(service, "Warning", "Restored", "Restore", message)
+            await self._tell_restored(service, message)
         if secret.tokens:
             scaled = service.spec is not None and service.spec.autoscaling is not None
             self._fleet.follow(key, self._cluster.pods_of(service), secret.tokens, scaled=scaled)
@@ -308,8 +308,12 @@ class Reconciler:
             metadata["ownerReferences"] = [children.owner_reference(service)]
         await self._annotate(service, pod, metadata)
         message = f"labels or owner of pod {pod.name} were changed by somebody else and have been put back"
+        await self._tell_restored(service, message)
+
+    async def _tell_restored(self, service: Service, message: str) -> None:
+        """Tell whoever changed an object of ours that this was undone, and how often."""
         log.warning("%s", message)
-        await self._recorder.emit(service, "Warning", "Restored", "Restore", message)
+        await self._recorder.emit(service, "Warning", "Restored", "Restore", message, RESTORED_REPEAT)
 
     async def _converge(
         self, custom: Custom, service: Service, revision: str, done: list[Action | Scale]

@@ -2,8 +2,8 @@
 demand.
 
 It knows what the operator relies on and no more: no schemas, no defaults, no controllers but owner
-references' garbage collection. Server-side apply is a merge without field owners. The end-to-end tests run
-against a real one.
+references' garbage collection. Server-side apply is a merge that notes who wrote, not which fields. The
+end-to-end tests run against a real one.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ class ApiServer:
         body["metadata"]["creationTimestamp"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         body["metadata"]["generation"] = 1
 
-    async def _store(self, kind: Kind, key: tuple[str, str], body: Raw, before: Raw | None) -> Raw:
+    async def _store(
+        self, kind: Kind, key: tuple[str, str], body: Raw, before: Raw | None, manager: str = "somebody"
+    ) -> Raw:
         if before is not None:
             if without_version(body) == without_version(before):
                 return before
@@ -190,9 +192,28 @@ class ApiServer:
                 return body
         self.version += 1
         body["metadata"]["resourceVersion"] = str(self.version)
+        self._sign(body, before, manager)
         self.objects[kind.plural][key] = body
         await self._tell(kind, "ADDED" if before is None else "MODIFIED", body)
         return body
+
+    def _sign(self, body: Raw, before: Raw | None, manager: str) -> None:
+        """Note who has written, and whether it was the status alone."""
+        parts = (body.keys() | (before or {}).keys()) - {"metadata", "status"}
+        only_status = (
+            before is not None
+            and all(body.get(part) == before.get(part) for part in parts)
+            and body["metadata"].get("labels") == before["metadata"].get("labels")
+        )
+        entry = {"manager": manager, "time": f"{self.version:08d}"} | (
+            {"subresource": "status"} if only_status else {}
+        )
+        others = [
+            each
+            for each in (before or {"metadata": {}})["metadata"].get("managedFields") or ()
+            if (each["manager"], each.get("subresource")) != (manager, entry.get("subresource"))
+        ]
+        body["metadata"]["managedFields"] = [*others, entry]
 
     async def _drop(self, kind: Kind, key: tuple[str, str]) -> Raw:
         """The object's last state, with the version of its deletion."""
@@ -256,9 +277,8 @@ class ApiServer:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
         if len(rest) == 1:
             if request.method == "POST":
-                return web.json_response(
-                    await self._create(kind, namespace, await request.json()), status=201
-                )
+                made = await self._create(kind, namespace, await request.json(), manager_of(request))
+                return web.json_response(made, status=201)
             if request.query.get("watch") == "true":
                 return await self._watch(request, kind, namespace)
             return web.json_response(self._list(request, kind, namespace))
@@ -319,13 +339,13 @@ class ApiServer:
             "items": items[begin : begin + limit],
         }
 
-    async def _create(self, kind: Kind, namespace: str, body: Raw) -> Raw:
+    async def _create(self, kind: Kind, namespace: str, body: Raw, manager: str) -> Raw:
         body["metadata"]["namespace"] = namespace
         key = (namespace, body["metadata"]["name"])
         if key in self.objects[kind.plural]:
             raise Refused(409, "AlreadyExists", f'{kind.plural} "{key[1]}" already exists')
         self._stamp(body)
-        return await self._store(kind, key, body, None)
+        return await self._store(kind, key, body, None, manager)
 
     async def _one(self, request: web.Request, kind: Kind, key: tuple[str, str], subresource: str) -> Raw:
         before = self.objects[kind.plural].get(key)
@@ -333,7 +353,7 @@ class ApiServer:
         apply = request.method == "PATCH" and content == "application/apply-patch+yaml"
         if before is None:
             if apply:
-                return await self._create(kind, key[0], await request.json())
+                return await self._create(kind, key[0], await request.json(), manager_of(request))
             raise Refused(404, "NotFound", f'{kind.plural} "{key[1]}" not found')
         if request.method == "GET":
             return before
@@ -346,6 +366,8 @@ class ApiServer:
             after = patched(before, patch)
         else:
             after = merge(before, patch)
+            if apply and "selector" in patch.get("spec", {}):
+                after["spec"]["selector"] = patch["spec"]["selector"]  # one value, for all its keys
         given = patch.get("metadata", {}) if isinstance(patch, dict) else {}
         for name in ("uid", "resourceVersion"):
             if given.get(name, before["metadata"][name]) != before["metadata"][name]:
@@ -355,7 +377,7 @@ class ApiServer:
             after = {**after, kept: before.get(kept)}
             if after[kept] is None:
                 del after[kept]
-        return await self._store(kind, key, after, before)
+        return await self._store(kind, key, after, before, manager_of(request))
 
     async def _delete(self, kind: Kind, key: tuple[str, str], before: Raw, options: Raw) -> Raw:
         wanted = options.get("preconditions", {}).get("uid")
@@ -402,6 +424,10 @@ class ApiServer:
             return response
         finally:
             self._watches.pop(task, None)
+
+
+def manager_of(request: web.Request) -> str:
+    return request.query.get("fieldManager", "unknown")
 
 
 def failure(code: int, reason: str, message: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -142,10 +142,13 @@ def test_the_gateway_takes_its_environment(monkeypatch: pytest.MonkeyPatch) -> N
 def test_agents_and_gateway_share_the_token_of_the_secret() -> None:
     secret = children.secret(service(), "t0k3n")
     assert base64.b64decode(secret["data"]["token"]) == b"t0k3n"
-    reference = {"secretKeyRef": {"name": secret["metadata"]["name"], "key": "token"}}
-    gateway = companion("Deployment", "llm-gateway")["spec"]["template"]["spec"]["containers"][0]
-    assert {"name": "BLOCKYARD_TOKEN", "valueFrom": reference} in agent()["env"]
-    assert {"name": "BLOCKYARD_GATEWAY_TOKEN", "valueFrom": reference} in gateway["env"]
+    gateway = companion("Deployment", "llm-gateway")["spec"]["template"]["spec"]
+    for spec, prefix in ((pod()["spec"], "BLOCKYARD"), (gateway, "BLOCKYARD_GATEWAY")):
+        (container,) = spec["containers"]
+        folder = values(container)[f"{prefix}_TOKEN_DIR"]
+        (mount,) = (each for each in container["volumeMounts"] if each["mountPath"] == folder)
+        (volume,) = (each for each in spec["volumes"] if each["name"] == mount["name"])
+        assert volume["secret"] == {"secretName": secret["metadata"]["name"]}
 
 
 def test_where_pods_share_a_network_they_listen_on_their_own_address() -> None:

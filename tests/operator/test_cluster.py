@@ -111,7 +111,7 @@ def test_in_any_order_of_arrival_the_mirror_ends_where_the_server_is(data: st.Da
 
 
 def pod(name: str, version: int, service: str = "s", owner: str = "u1", node: str = "n1") -> Raw:
-    owners = [{"uid": owner, "controller": True}]
+    owners = [{"kind": "LLMService", "name": service, "uid": owner, "controller": True}]
     labels = {SERVICE: service}
     metadata = {"name": name, "namespace": "default", "uid": f"{name}-uid", "resourceVersion": str(version)}
     return {"metadata": {**metadata, "labels": labels, "ownerReferences": owners}, "spec": {"nodeName": node}}

@@ -51,7 +51,7 @@ class Fixture:
             f"uid-{ip}": Pod(f"pod-{ip}", f"uid-{ip}", ip=ip, port=self.agents.port, running=True, **more)
             for ip in ips
         }
-        self.fleet.follow(KEY, pods, token, scaled=scaled)
+        self.fleet.follow(KEY, pods, (token,), scaled=scaled)
 
     async def marked(self) -> None:
         """Until the service is dirty; it is not afterwards."""

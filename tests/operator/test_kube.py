@@ -257,7 +257,7 @@ def test_apply_makes_and_changes_with_our_field_manager_by_force() -> None:
             metadata = {"name": "s", "namespace": "default"}
             body = {"apiVersion": "v1", "kind": "Service", "metadata": metadata}
             for port in (80, 81):
-                await kube.apply({**body, "spec": {"ports": [{"port": port}]}})
+                await kube.apply({**body, "spec": {"ports": [{"port": port}]}}, force=True)
                 assert server.get(SERVICE, "s")["spec"]["ports"] == [{"port": port}]
             how = "application/apply-patch+yaml", "fieldManager=blockyard-operator&force=true"
             assert server.details == [("PATCH", *how)] * 2
@@ -271,7 +271,7 @@ def test_without_the_lease_nothing_is_written_and_reading_goes_on() -> None:
             kube.may_write = lambda: False
             for write in (
                 kube.create(pod("a")),
-                kube.apply(pod("a")),
+                kube.apply(pod("a"), force=True),
                 kube.merge(POD, "default", "a", {}),
                 kube.delete(POD, "default", "a"),
                 kube.set_status(LLM_SERVICE, "default", "a", "u", {}),

@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 
+from blockyard.operator import companions as companions_module
 from blockyard.operator import fleet as fleet_module
 from blockyard.operator import kube as kube_module
 from blockyard.operator import reconcile as reconcile_module
+from blockyard.operator import replicas as replicas_module
+from blockyard.operator import status as status_module
 from blockyard.operator import workqueue as workqueue_module
 from blockyard.operator.children import Defaults
 from blockyard.operator.cluster import Cluster
@@ -28,6 +31,7 @@ from blockyard.operator.events import Recorder
 from blockyard.operator.fleet import Fleet
 from blockyard.operator.kube import (
     DEPLOYMENT,
+    DISRUPTION_BUDGET,
     EVENT,
     LLM_SERVICE,
     NETWORK_POLICY,
@@ -39,7 +43,16 @@ from blockyard.operator.kube import (
     Kube,
 )
 from blockyard.operator.metrics import Metrics
-from blockyard.operator.observed import DRAINING_SINCE, FINALIZER, PAUSED, UNDRAINED, Service
+from blockyard.operator.observed import (
+    DRAINING_SINCE,
+    FINALIZER,
+    PAUSED,
+    REVISION,
+    ROTATE,
+    UNDRAINED,
+    Service,
+)
+from blockyard.operator.observed import SERVICE as SERVICE_LABEL
 from blockyard.operator.reconcile import Reconciler
 from blockyard.operator.workqueue import WorkQueue
 
@@ -62,12 +75,13 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile_module, "RESYNC_RETRY", 0.01)
     monkeypatch.setattr(reconcile_module, "DRAIN_RETRY", 0.01)
     monkeypatch.setattr(reconcile_module, "LOAD_INTERVAL", 0.0)
+    monkeypatch.setattr(reconcile_module, "SECRET_INTERVAL", 0.05)
 
 
 class Life:
     """One life of an operator, without kopf: mirrors follow the server's history, as its watches do."""
 
-    def __init__(self, server: ApiServer) -> None:
+    def __init__(self, server: ApiServer, **options: Any) -> None:
         self.server = server
         self.metrics = Metrics()
         self.kube = Kube(server.credentials(), self.metrics.count_call)
@@ -76,7 +90,7 @@ class Life:
         self.fleet = Fleet(self.queue, polls_per_second=1e6)
         recorder = Recorder(self.kube, "test")
         self.reconciler = Reconciler(
-            self.kube, self.cluster, self.fleet, self.queue, recorder, self.metrics, DEFAULTS
+            self.kube, self.cluster, self.fleet, self.queue, recorder, self.metrics, DEFAULTS, **options
         )
         self.watching = True
         self._position = len(server.history)
@@ -501,27 +515,219 @@ def test_a_paused_service_is_left_alone_but_seen() -> None:
     run(scenario())
 
 
-def test_companions_that_were_changed_or_deleted_come_back_with_the_next_relist() -> None:
+def mends(server: ApiServer) -> list[str]:
+    """What events tell of undone changes, with the number of times."""
+    return [
+        f"{event['count']} x {event['message']}"
+        for event in server.all(EVENT)
+        if event["reason"] == "Restored"
+    ]
+
+
+def test_companions_that_others_change_or_delete_are_put_back_at_once() -> None:
     async def scenario() -> None:
         async with world() as (server, _agents, _kubelet), Life(server) as life:
             await server.put(LLM_SERVICE, service(replicas=0))
             await server.until(lambda: condition(server, "Ready")[1] == "ScaledToZero")
             await life.quiet()
-            as_wanted = {body["metadata"]["name"]: body["spec"] for body in server.all(SERVICE)}
-            first = next(iter(as_wanted))
-            stolen = dict.fromkeys(as_wanted[first]["selector"], "somebody else")
-            await server.change(SERVICE, first, {"spec": {"selector": stolen, "extra": 1}})
-            (policy,) = server.all(NETWORK_POLICY)
-            await server.remove(NETWORK_POLICY, policy["metadata"]["name"])
-            before = len(server.writes())
-            await life.reconciler._resync(())
-            life.queue.add(KEY)
+            wanted = copy.deepcopy(server.get(SERVICE, "s-agents")["spec"])
+            before = len(server.writes("services")) + len(server.writes("networkpolicies"))
+            stolen = {"selector": {"x": "y"}, "extra": 1}
+            await server.change(SERVICE, "s-agents", {"spec": stolen})
+            await server.remove(NETWORK_POLICY, "s-agents")
+            await server.until(lambda: len(mends(server)) == 2)
             await life.quiet()
-            assert len(server.writes()) == before + 2, "the drifted and the missing one, nothing else"
-            assert (
-                server.get(SERVICE, first)["spec"]["selector"].items() >= as_wanted[first]["selector"].items()
+            after = len(server.writes("services")) + len(server.writes("networkpolicies"))
+            assert after == before + 2, "one write for each change, and nothing else"
+            assert server.get(SERVICE, "s-agents")["spec"]["selector"].items() >= wanted["selector"].items()
+            assert sorted(mends(server)) == [
+                "1 x NetworkPolicy s-agents was deleted by somebody else and has been made again",
+                "1 x Service s-agents was changed by somebody and has been put back",
+            ]
+            assert condition(server, "Degraded")[0] == "False"
+
+    run(scenario())
+
+
+def test_repeated_meddling_is_one_event_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(companions_module, "MEND_PAUSE", 0.01)
+    monkeypatch.setattr(reconcile_module, "RESTORED_REPEAT", 0.01)
+
+    async def scenario() -> None:
+        async with world() as (server, _agents, _kubelet), Life(server) as life:
+            await server.put(LLM_SERVICE, service(replicas=0))
+            await server.until(lambda: condition(server, "Ready")[1] == "ScaledToZero")
+            await life.quiet()
+            for _ in range(4):
+                await server.change(DISRUPTION_BUDGET, "s-agents", {"spec": {"minAvailable": 0}})
+                await server.until(
+                    lambda: server.get(DISRUPTION_BUDGET, "s-agents")["spec"]["minAvailable"] > 0
+                )
+            await server.until(lambda: bool(mends(server)) and mends(server)[0].startswith("4 x "))
+            assert len(mends(server)) == 1
+
+    run(scenario())
+
+
+def test_while_a_protection_cannot_be_put_back_a_condition_says_what_that_means() -> None:
+    async def scenario() -> None:
+        async with world() as (server, _agents, _kubelet), Life(server) as life:
+            await server.put(LLM_SERVICE, service(replicas=0))
+            await server.until(lambda: condition(server, "Ready")[1] == "ScaledToZero")
+            await life.quiet()
+            await server.change(LLM_SERVICE, "s", {"metadata": {"annotations": {PAUSED: "true"}}})
+            await server.remove(DISRUPTION_BUDGET, "s-agents")
+            await server.until(lambda: condition(server, "Degraded")[1] == "ProtectionMissing")
+            assert condition(server, "Degraded")[2] == (
+                "PodDisruptionBudget s-agents is missing: agents can be evicted before they are drained"
             )
-            assert len(server.all(NETWORK_POLICY)) == 1
+            await server.change(LLM_SERVICE, "s", {"metadata": {"annotations": {PAUSED: None}}})
+            await server.until(lambda: condition(server, "Degraded")[0] == "False")
+            assert server.get(DISRUPTION_BUDGET, "s-agents")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("owner", ["nobody", "another service"])
+def test_what_belongs_to_others_is_never_written_and_the_condition_names_it(owner: str) -> None:
+    async def scenario() -> None:
+        async with world() as (server, _agents, _kubelet), Life(server) as life:
+            metadata: Raw = {"name": "s", "namespace": "default"}
+            if owner != "nobody":
+                reference = {"kind": "LLMService", "name": "other", "uid": "u-other", "controller": True}
+                metadata |= {"ownerReferences": [reference], "labels": {SERVICE_LABEL: "other"}}
+            theirs = await server.put(SERVICE, {"metadata": metadata, "spec": {"ports": [{"port": 1}]}})
+            theirs = copy.deepcopy(theirs)
+            await server.put(LLM_SERVICE, service(replicas=1))
+            await server.until(lambda: condition(server, "Ready")[1] == "NameTaken")
+            await life.quiet()
+            _, _, message = condition(server, "Ready")
+            whose = "was last written by somebody" if owner == "nobody" else "belongs to LLMService other"
+            assert "Service s " in message and whose in message and "another name" in message
+            assert server.get(SERVICE, "s") == theirs
+            assert not server.all(POD), "agents wait until the name is free"
+            await server.remove(SERVICE, "s")
+            life.queue.add(KEY)
+            await server.until(ready(server, 1))
+
+    run(scenario())
+
+
+def test_a_name_that_something_else_has_leads_to_another_name() -> None:
+    async def scenario() -> None:
+        async with world() as (server, _agents, kubelet), Life(server) as life:
+            kubelet.hold = True
+            made = await server.put(LLM_SERVICE, service(replicas=0))
+            await server.until(lambda: condition(server, "Ready")[1] == "ScaledToZero")
+            await life.quiet()
+            custom = life.cluster.services.get(KEY)
+            assert custom is not None
+            observed = life.reconciler._observe(custom.service, status_of(server)["revision"])
+            taken = next(replicas_module._free_names(observed))
+            theirs = await server.put(POD, {"metadata": {"name": taken, "namespace": "default"}, "spec": {}})
+            await server.change(LLM_SERVICE, "s", {"spec": {"replicas": 1}})
+            await server.until(lambda: len(server.all(POD)) == 2)
+            await life.quiet()
+            assert server.get(POD, taken) == theirs
+            ours = next(pod for pod in server.all(POD) if pod["metadata"]["name"] != taken)
+            assert ours["metadata"]["ownerReferences"][0]["uid"] == made["metadata"]["uid"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"labels": {UNDRAINED: None}},
+        {"labels": {SERVICE_LABEL: "else", "app.kubernetes.io/component": None, REVISION: "bogus"}},
+        {"labels": None, "annotations": None},
+        {"ownerReferences": None},
+        {"ownerReferences": None, "labels": {UNDRAINED: None, REVISION: None}},
+    ],
+)
+def test_a_pods_labels_and_owner_are_put_back_and_its_agent_goes_on(edit: Raw) -> None:
+    async def scenario() -> None:
+        async with world() as (server, _agents, _kubelet), Life(server) as life:
+            await server.put(LLM_SERVICE, service(replicas=1))
+            await server.until(ready(server, 1))
+            await life.quiet()
+            (pod,) = server.all(POD)
+            before, name = copy.deepcopy(pod["metadata"]), pod["metadata"]["name"]
+            await server.change(POD, name, {"metadata": edit})
+
+            def as_before() -> bool:
+                now = server.get(POD, name)["metadata"]
+                return all(now.get(part) == before[part] for part in ("labels", "ownerReferences", "uid"))
+
+            await server.until(as_before)
+            await life.quiet()
+            assert as_before() and len(server.all(POD)) == 1
+            assert ready(server, 1)()
+
+    run(scenario())
+
+
+def test_a_deleted_secret_comes_back_with_the_token_that_agents_have() -> None:
+    async def scenario() -> None:
+        async with world() as (server, _agents, _kubelet), Life(server) as life:
+            await server.put(LLM_SERVICE, service(replicas=1))
+            await server.until(ready(server, 1))
+            await life.quiet()
+            token = server.get(SECRET, "s-internal")["data"]["token"]
+            await server.remove(SECRET, "s-internal")
+            await server.until(lambda: bool(server.all(SECRET)))
+            assert server.get(SECRET, "s-internal")["data"]["token"] == token
+            await server.until(lambda: any("Secret s-internal was deleted" in each for each in mends(server)))
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["by hand", "by the annotation"])
+def test_a_changed_token_is_followed_and_the_one_before_stays_valid_for_a_while(how: str) -> None:
+    async def scenario() -> None:
+        async with world() as (server, agents, _kubelet), Life(server, token_overlap=3.0) as life:
+            await server.put(LLM_SERVICE, service(replicas=1))
+            await server.until(ready(server, 1))
+            await life.quiet()
+            old = server.get(SECRET, "s-internal")["data"]["token"]
+            new = base64.b64encode(b"another").decode()
+            if how == "by hand":
+                await server.change(SECRET, "s-internal", {"data": {"token": new}})
+            else:
+                await server.change(LLM_SERVICE, "s", {"metadata": {"annotations": {ROTATE: "1"}}})
+            await server.until(lambda: server.get(SECRET, "s-internal")["data"].get("previous") == old)
+            now = server.get(SECRET, "s-internal")["data"]["token"]
+            assert now == new if how == "by hand" else now != old
+            await life.quiet()
+            assert ready(server, 1)(), "the agent that has the old token only is still polled"
+            for agent in agents.of.values():
+                agent.token = base64.b64decode(now).decode()
+            await server.until(lambda: "previous" not in server.get(SECRET, "s-internal")["data"])
+            await life.quiet()
+            assert server.get(SECRET, "s-internal")["data"] == {"token": now}
+            assert ready(server, 1)()
+
+    run(scenario())
+
+
+def test_an_agent_whose_report_cannot_be_read_is_not_counted_as_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replicas_module, "UNREADABLE_AFTER", 0.2)
+    monkeypatch.setattr(status_module, "UNREADABLE_AFTER", 0.2)
+
+    async def scenario() -> None:
+        async with world() as (server, agents, _kubelet), Life(server):
+            await server.put(LLM_SERVICE, service(replicas=1))
+            await server.until(ready(server, 1))
+            (agent,) = agents.of.values()
+            agent.token = "something else"
+            await agent.set(running=1)
+            await server.until(lambda: condition(server, "Ready")[1] == "ReportsUnreadable")
+            assert status_of(server)["readyReplicas"] == 0
+            assert "401" in condition(server, "Ready")[2]
+            agent.token = base64.b64decode(server.get(SECRET, "s-internal")["data"]["token"]).decode()
+            await server.until(ready(server, 1))
 
     run(scenario())
 
@@ -630,7 +836,7 @@ def test_events_are_counted_instead_of_repeated_and_a_burst_is_cut() -> None:
             restarted = Recorder(kube, "two", clock=lambda: now[0])
             await restarted.emit(subject, "Warning", "Stuck", "Observe", "no room")
             (event,) = server.all(EVENT)
-            assert event["count"] == 3 and event["involvedObject"]["uid"] == subject.uid
+            assert event["count"] == 7 and event["involvedObject"]["uid"] == subject.uid
             for number in range(100):
                 await recorder.emit(subject, "Normal", "Noise", "Observe", f"message {number}")
             assert 10 < len(server.all(EVENT)) < 25, "a burst is cut"
