@@ -1,14 +1,14 @@
-"""How many agents a service's load asks for: pure functions from what is there to what replicas should be.
+"""Computes how many agents a service's load needs: pure functions from an ``Observed`` to replicas.
 
-What can run out in an agent are KV blocks and sequence slots, so the load is counted in both, and in absolute
-numbers: a few long contexts ask for agents as many short requests do, cached blocks ask for none, and agents
-that have been asked for and still start are not asked for again. ``targetUsedPercent`` of an agent is what
-it is to carry.
+An agent can run out of KV blocks or of sequence slots, so the load is counted in both, in absolute numbers:
+a few long contexts need as many agents as many short requests do, cached blocks need none, and an agent that
+was added but is still starting is not added again. An agent is to carry ``targetUsedPercent`` of its blocks
+and slots.
 
-More agents come at once. Fewer are kept when the lower number has been enough for ``scaleInDelaySeconds``
-without interruption, and then as many as were wanted at most meanwhile: so a load that does not change
-changes the number once. All that must be remembered is in ``status.autoscaling``. Where a report is missing
-there may be more load than is known, and nothing goes.
+Agents are added at once. They are removed when fewer have been enough for ``scaleInDelaySeconds`` without
+interruption, and then down to the highest number that was needed in that time, so a steady load changes the
+number only once. All state is in ``status.autoscaling``. If a report is missing, the load may be higher than
+what the other reports add up to, so no agent is removed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Scale:
 
 
 def plan(observed: Observed) -> Scale | None:
-    """What replicas is to be changed to now; None if it is right, or if nothing is to be scaled."""
+    """The change of replicas to make now; None if the number is right or the service is not to be scaled."""
     verdict, spec = _judge(observed), observed.service.spec
     if verdict is None or spec is None or verdict.replicas == spec.replicas:
         return None
@@ -42,7 +42,7 @@ def plan(observed: Observed) -> Scale | None:
 
 
 def state(observed: Observed) -> AutoscalingStatus | None:
-    """What is to be remembered; None if nothing is to be scaled."""
+    """What the status must remember for later rounds; None if the service is not to be scaled."""
     verdict = _judge(observed)
     if verdict is None:
         return None
@@ -51,19 +51,23 @@ def state(observed: Observed) -> AutoscalingStatus | None:
 
 
 def due(observed: Observed) -> float | None:
-    """Seconds until time alone changes the number: until the delay of a scale-in ends; None if none runs."""
+    """Seconds until the delay of a scale-in ends, which changes the number; None if no delay runs."""
     verdict, spec = _judge(observed), observed.service.spec
     if verdict is None or verdict.since is None or spec is None or spec.autoscaling is None:
         return None
     return max(0.0, verdict.since + spec.autoscaling.scale_in_delay_seconds - observed.now)
 
 
-# ── How it is judged ──────────────────────────────────────────────────────────────────────────────────────
+# ── The verdict ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """``wanted`` agents, the most since ``since`` if fewer are enough; ``replicas`` is what to write now."""
+    """``replicas`` is the number to write now, ``wanted`` the number that the load needs.
+
+    While fewer agents than there are would be enough, ``since`` is when that began and ``wanted`` is the
+    highest number that was needed since then.
+    """
 
     wanted: int
     reason: str
@@ -85,7 +89,7 @@ def _judge(observed: Observed) -> _Verdict | None:
         return _Verdict(wanted, reason, numbers, replicas=wanted)
     before = service.status.get("autoscaling") or {}
     since, most = seconds(before.get("since")), before.get("wanted", current)
-    if since is None or most >= current:  # from now on fewer are enough
+    if since is None or most >= current:  # the delay of a scale-in begins now
         since = observed.now
     elif most > wanted:
         wanted, reason = most, before.get("reason", reason)
@@ -95,7 +99,7 @@ def _judge(observed: Observed) -> _Verdict | None:
 
 
 def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple[int, str, str]:
-    """(agents, reason, the numbers) that the load asks for; at least ``replicas`` if a report is missing."""
+    """(agents needed, reason, numbers in words); at least ``replicas`` if an agent's report is missing."""
     serving = [pod for pod in observed.pods if _serves(pod, observed)]
     agents = [
         pod.agent
@@ -109,9 +113,9 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
     slots = sum(agent.max_num_seqs for agent in agents)
     running = sum(agent.running for agent in agents)
     requests = running + sum(agent.waiting for agent in agents)
-    # Those that wait are taken to be as large as those that run; where none runs, their slots alone count.
+    # A waiting request counts as many blocks as a running one has on average; if none runs, only a slot.
     needed = Fraction(active * requests, running) if running else Fraction(active)
-    share = Fraction(scaling.target_used_percent, 100 * len(agents))  # what one agent is to carry, of all
+    share = Fraction(scaling.target_used_percent, 100 * len(agents))  # of all, what one agent is to carry
     by_blocks, by_slots = ceil(needed / (blocks * share)), ceil(requests / (slots * share))
     cause = reasons.KV_LOAD if by_blocks >= by_slots else reasons.REQUEST_LOAD
     wanted, reason = _bounded(max(by_blocks, by_slots), cause, scaling)
@@ -126,7 +130,7 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
 
 
 def _serves(pod: Pod, observed: Observed) -> bool:
-    """It takes requests and is not on its way out; an agent's own word counts while its pod's wavers."""
+    """It stays and takes requests: its pod is ready, or at least its agent reports that it is."""
     return not (gone(pod, observed) or leaving(pod)) and (pod.ready or works(pod))
 
 

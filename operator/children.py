@@ -28,12 +28,12 @@ __all__ = [
 GATEWAY = "gateway"  # the container, and the component
 GATEWAY_PORT = 8080
 TOKEN_KEY = "token"
-# Beyond the drain, a pod gets so long to say goodbye before it is killed.
+# Seconds that a pod gets after its drain to exit, before the kubelet kills it.
 EXIT_SECONDS = 30
-# Gateways take new requests for so long after SIGTERM: until everything that balances has heard of it.
+# Seconds after SIGTERM in which a gateway still takes new requests, until no load balancer sends any.
 LINGER_SECONDS = 5
-_POD_FORMAT = 1  # counted when all agents' pods must be replaced although no spec has changed
-_USER = 1000  # the images'
+_POD_FORMAT = 1  # to be raised when all agents' pods must be replaced although no spec has changed
+_USER = 1000  # user and group in the images
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,11 @@ class Defaults:
 
 
 def revision(spec: LLMServiceSpec, defaults: Defaults) -> str:
-    """10 hex digits of all that makes agents' pods differ: not replicas, balance, drain, gateway.
+    """A digest (10 hex digits) of all fields that change agents' pods: not replicas, balance, drain, gateway.
 
-    Taken from the spec, not from the pod that is made of it, so that a new operator does not replace all
-    agents because it makes pods a little differently. Fields at their defaults do not count, so that new
-    fields can come.
+    Taken from the spec, not from the pod that is made of it, so that an upgraded operator, which makes pods a
+    little differently, does not replace all agents. Fields at their defaults are left out, so that a new
+    field does not change the digests of existing services.
     """
     facts = spec.model_dump(
         mode="json",
@@ -107,7 +107,7 @@ def agent_pod(service: Service, name: str, revision: str, defaults: Defaults) ->
             *_hub(spec),
         ],
         "resources": resources,
-        # Alive while it loads, for which there is no limit; the first probe gives Python time to start.
+        # /healthz answers while the model loads, however long that takes; Python itself needs time to start.
         "startupProbe": _probe("/healthz", period=2, failures=150),
         "livenessProbe": _probe("/healthz", period=10, failures=3),
         "readinessProbe": _probe("/readyz", period=2, failures=2),
@@ -131,7 +131,7 @@ def agent_pod(service: Service, name: str, revision: str, defaults: Defaults) ->
 
 
 def _settings(service: Service, model: str) -> list[dict[str, Any]]:
-    """The agent's settings; what the spec leaves open is left to the agent."""
+    """The agent's settings, as environment; fields that are unset are left out, for the agent's defaults."""
     spec = _spec(service)
     engine, kv = spec.engine, spec.kv
     settings = {
@@ -194,7 +194,7 @@ def _model(spec: LLMServiceSpec) -> tuple[str, list[dict[str, Any]], list[dict[s
 
 
 def _cache(spec: LLMServiceSpec) -> dict[str, Any]:
-    """What agents fetch and compile: kept on the node for the next one if a path is given."""
+    """The volume for what agents fetch and compile: kept on the node for later agents if a path is given."""
     path = spec.model.cache_host_path
     if path is None:
         return {"name": "cache", "emptyDir": {}}
@@ -250,7 +250,7 @@ def secret(service: Service, token: str) -> dict[str, Any]:
 
 
 def _agents_service(service: Service) -> dict[str, Any]:
-    """Headless: its EndpointSlices are how gateways find agents."""
+    """A headless Service, by whose EndpointSlices gateways find agents."""
     spec = {
         "clusterIP": "None",
         "selector": selector(service),
@@ -271,12 +271,12 @@ def _client_service(service: Service) -> dict[str, Any]:
 
 
 def _budget(service: Service) -> dict[str, Any]:
-    """No eviction of an agent that is not drained.
+    """Forbids the eviction of agents that are not drained, by a minAvailable that is never reached.
 
-    By a number that is never reached. ``maxUnavailable: 0`` counts against the replicas of the scale
-    subresource, which the disruption controller does not find while the CRD is new, and would leave gaps:
-    with a surge one agent more is ready than the budget wants, so one can be evicted; and one that drains
-    is not ready, and such ones may be evicted while enough others are.
+    ``maxUnavailable: 0`` would not do. It is counted from the replicas of the scale subresource, which the
+    disruption controller does not find while the CRD is new. It would also leave gaps: during a surge one
+    agent more is ready than the budget requires, so one could be evicted; and a draining agent is not ready,
+    and pods that are not ready may be evicted while enough others are.
     """
     spec = {
         "minAvailable": 1_000_000,
@@ -286,10 +286,10 @@ def _budget(service: Service) -> dict[str, Any]:
 
 
 def _network_policy(service: Service, defaults: Defaults) -> dict[str, Any]:
-    """Agents are reached by each other, their gateways, the operator, and Prometheus if it is to watch them.
+    """Who may connect to agents: each other, their gateways, the operator, and Prometheus if wanted.
 
-    The kubelet's probes need no rule. A policy sees ports, not paths, so that what Prometheus may not ask for
-    is kept by the token.
+    The kubelet's probes need no rule. A policy filters ports, not paths: the paths that Prometheus must not
+    use are protected by the token.
     """
     spec = _spec(service)
     sources: list[dict[str, Any]] = [
@@ -399,7 +399,7 @@ def _gateway(service: Service, defaults: Defaults) -> dict[str, Any]:
 
 def _service_monitor(service: Service) -> dict[str, Any]:
     labels: dict[str, Any] = {"matchLabels": {SERVICE: service.name}}
-    if not _spec(service).gateway.replicas:  # both Services lead to the agents then
+    if not _spec(service).gateway.replicas:  # both Services lead to the agents then: scrape through one
         labels = {"matchLabels": selector(service)}
     spec = {"selector": labels, "endpoints": [{"port": "http", "path": "/metrics"}]}
     return _object(service, "monitoring.coreos.com/v1", "ServiceMonitor", service.name, AGENT, spec=spec)
@@ -430,7 +430,7 @@ def _labels(service: Service, component: str) -> dict[str, str]:
 def _object(
     service: Service, api_version: str, kind: str, name: str, component: str, **content: Any
 ) -> dict[str, Any]:
-    """An object that belongs to the service and goes with it."""
+    """An object that the service owns, so that Kubernetes deletes it with the service."""
     owner = {
         "apiVersion": API_VERSION,
         "kind": "LLMService",
@@ -451,7 +451,7 @@ def _object(
 def _templated(
     pod: dict[str, Any], template: PodTemplate | None, labels: Mapping[str, str], container: str, field: str
 ) -> dict[str, Any]:
-    """The pod with the user's template merged into it, but for the labels by which the operator lives."""
+    """The pod with the user's template merged into it; the operator's own labels cannot be replaced."""
     template = template or PodTemplate()
     metadata = pod["metadata"] | {"labels": {**template.metadata.labels, **labels}}
     if template.metadata.annotations:
@@ -504,7 +504,7 @@ def _container_security(*, read_only: bool) -> dict[str, Any]:
 
 
 def _spread(labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Over nodes, where there is room."""
+    """Spread pods over nodes where that is possible."""
     return [
         {
             "topologyKey": "kubernetes.io/hostname",

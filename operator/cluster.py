@@ -1,10 +1,10 @@
-"""What the operator knows of the cluster: copies of the objects it watches, in memory, parsed once.
+"""Mirrors the cluster: copies of the objects that the operator watches, in memory, parsed once.
 
-Three sources write here: kopf's watches, slow re-lists, and the answers to our own writes. The last make
-that a round never acts on what it has just changed itself: a pod that was created is known before the
-watch tells of it. Versions settle the order: an object's ``resourceVersion`` only ever grows, so the older
-of two tellings is dropped, whichever way it came, and a deletion is remembered until a list that is newer
-has been read.
+Three sources write here: kopf's watches, slow re-lists, and the answers to our own writes. Because of the
+answers, a round always sees its own changes: a pod that it created is here before the watch reports it, and
+is not created twice. The ``resourceVersion`` of an object only grows, so of two states of an object the older
+one is dropped, whichever source it came from. A deletion is remembered until a newer list has been read, so
+that a late event does not bring the object back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .observed import SERVICE, Node, Pod, Service
 from .workqueue import Key
 
 Value = TypeVar("Value")
-MANAGED = "app.kubernetes.io/managed-by=blockyard-operator"  # label selector of everything that is ours
+MANAGED = "app.kubernetes.io/managed-by=blockyard-operator"  # label selector of all that the operator makes
 
 
 def key_of(raw: Raw) -> Key:
@@ -39,7 +39,7 @@ class _Entry(Generic[Value]):
 
 
 class Mirror(Generic[Value]):
-    """The objects of one kind. ``parse`` makes of a raw one what is kept: equal values mean no change.
+    """The objects of one kind, as values that ``parse`` makes of raw objects; equal values mean no change.
 
     ``changed(before, after)`` is called for every change; None stands for "not there".
     """
@@ -63,7 +63,7 @@ class Mirror(Generic[Value]):
         return sum(1 for _ in self)
 
     def put(self, raw: Raw) -> None:
-        """The object is, or was at its version, like this."""
+        """Keep this state of the object, unless a newer one is known."""
         self._keep(key_of(raw), int(raw["metadata"]["resourceVersion"]), raw)
 
     def drop(self, raw: Raw) -> None:
@@ -72,12 +72,12 @@ class Mirror(Generic[Value]):
 
     def _keep(self, key: Key, version: int, raw: Raw | None) -> None:
         entry = self._entries.get(key)
-        # What is not there, although a list has been read, was gone by then: older tellings are late.
+        # An object without an entry did not exist when the newest list was read: an older event is late.
         known = (
             max(self._settled.get(None, 0), self._settled.get(key[0], 0)) if entry is None else entry.version
         )
-        # The answer to a deletion that was carried out at once shows the object as it was, but has the
-        # version of the deletion: of two tellings with one version, the deletion is the later one.
+        # The answer to a deletion that took effect at once shows the object as it was, but has the version of
+        # the deletion. So if both come with the same version, the deletion wins.
         if version < known or (version == known and raw is not None):
             return
         before, after = None if entry is None else entry.value, None if raw is None else self._parse(raw)
@@ -86,7 +86,7 @@ class Mirror(Generic[Value]):
             self._changed(before, after)
 
     def settle(self, listed: set[Key], version: int, namespace: str | None = None) -> None:
-        """A list as of ``version`` held these keys, each already ``put``: older ones are gone."""
+        """A list as of ``version`` held these keys, each already ``put``: drop older entries not in it."""
         self._settled[namespace] = max(version, self._settled.get(namespace, 0))
         for key, entry in list(self._entries.items()):
             if key in listed or entry.version > version or namespace not in (None, key[0]):
@@ -110,7 +110,7 @@ class Custom:
         return cls(Service.of(raw), metadata["resourceVersion"], tuple(metadata.get("finalizers") or ()))
 
     def __eq__(self, other: object) -> bool:
-        """Without the version: it changes with every write, also with those that change nothing here."""
+        """Ignores the version, which also grows with writes that change nothing else that is kept here."""
         return (
             isinstance(other, Custom)
             and self.service == other.service
@@ -152,7 +152,7 @@ class Gateway:
 
 
 class Cluster:
-    """All mirrors, and pods by service. ``dirty`` is told the key of each service that a change concerns."""
+    """All mirrors, and pods by service. A change calls ``dirty`` with the key of each service it affects."""
 
     def __init__(self, dirty: Callable[[Key], None]) -> None:
         self._dirty = dirty
@@ -164,13 +164,13 @@ class Cluster:
         self.deployments: Mirror[Gateway] = Mirror(Gateway.of, self._gateway_changed)
 
     def pods_of(self, service: Service) -> dict[str, Pod]:
-        """The pods that this very service owns, by uid."""
+        """The pods that this service owns, by their uid; not those of an earlier service of the same name."""
         found: Mapping[str, Owned] = self._pods_of.get((service.namespace, service.name), {})
         return {uid: owned.pod for uid, owned in found.items() if owned.owner == service.uid}
 
     async def relist(self, kube: Kube, namespaces: Sequence[str] = ()) -> None:
-        """Read everything anew: at the start, and from time to time, for a watch that had to start over does
-        not tell of what was deleted meanwhile. KubeError leaves what was read so far.
+        """List everything: at the start, and from time to time, because a watch that had to start over does
+        not report what was deleted in between. After a KubeError, what was read before it is kept.
         """
         await self._relist(kube, self.nodes, NODE, None, "")
         for namespace in namespaces or (None,):

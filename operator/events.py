@@ -1,9 +1,9 @@
-"""Kubernetes Events of LLMServices: few, and one object for what happens again and again.
+"""Posts the Kubernetes Events of LLMServices: few, and only one object for a repeated event.
 
-An Event's name follows from what it says, so that a repetition, also after a restart of the operator,
-counts the one that is there instead of adding another. Each service may post a burst and then one a
-minute; what is over that is dropped, for the status says it too. An Event that cannot be posted never
-fails a reconcile.
+An Event's name is derived from its content, so that a repetition, also after a restart of the operator,
+raises the count of the existing Event instead of adding another. Each service may post a burst and then one
+per minute; further ones are dropped, because the status has the same facts. An Event that cannot be posted
+never fails a reconcile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .observed import Service, stamp
 log = logging.getLogger("blockyard.operator.events")
 
 BURST = 20  # events of one service at once
-REFILL = 60.0  # seconds for another one
+REFILL = 60.0  # seconds until the service may post one more
 REPEAT = 300.0  # seconds in which the same event is not posted again
 KEEP = 10_000  # posted events that are remembered
 LONGEST_MESSAGE = 1024
@@ -55,7 +55,7 @@ class Recorder:
     async def emit(
         self, service: Service, kind: Literal["Normal", "Warning"], reason: str, action: str, message: str
     ) -> None:
-        """Say what was done (``action``, one CamelCase verb) or what is wrong, and why."""
+        """Post what was done (``action``, one CamelCase verb) or what is wrong, and why."""
         message = message[:LONGEST_MESSAGE]
         digest = hashlib.sha256(f"{service.uid}\0{kind}\0{reason}\0{message}".encode()).hexdigest()[:16]
         name, now = f"{service.name}.{digest}", self._clock()
@@ -90,7 +90,7 @@ class Recorder:
             await self._kube.merge(
                 EVENT, namespace, name, {"count": count, "lastTimestamp": body["lastTimestamp"]}
             )
-        except NotFound:  # its time was over between the two calls
+        except NotFound:  # it expired between the two calls
             await self._kube.create(body)
 
     def _body(

@@ -1,12 +1,12 @@
-"""What the agents say of themselves: one long poll per agent, and the reports that came of it.
+"""Polls the status of all agents, with one long poll per agent, and keeps the latest report of each.
 
-A poll waits at the agent until its status changes, so an idle fleet costs one request per agent and 20 s.
-A busy agent's status changes with every step; it is asked again after a pause that keeps the whole fleet
-below ``polls_per_second``. A service is marked dirty at once when something changed that decisions rest on
-(state, incarnation, layout, an error that came or went), and after ``LOAD_DELAY`` for load alone, so that
-a steady fleet causes next to no work and no writes. Services whose load decides how many agents they have
-are marked after ``SCALED_DELAY``, or later where so many of them are busy that ``SCALED_ROUNDS`` would be
-exceeded. None of this is API-server traffic.
+An agent holds a poll until its status changes, so an idle fleet costs one request per agent and 20 s.
+A busy agent's status changes with every step; it is polled again after a pause that keeps the whole fleet
+below ``polls_per_second``. A service is marked dirty at once when something changed that decisions depend on
+(state, incarnation, layout, an error that began or ended), and after ``LOAD_DELAY`` if only load changed, so
+that a steady fleet causes almost no work and no writes. A service that is scaled by its load is marked after
+``SCALED_DELAY``, or later when so many of them are busy that their rounds would exceed ``SCALED_ROUNDS`` a
+second. None of this is API-server traffic.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ MARGIN = 10.0  # seconds that its answer may be late
 FIRST_TIMEOUT = 5.0  # seconds for an agent that has not answered yet
 DRAIN_TIMEOUT = 5.0
 SHORTEST_PAUSE = 0.5  # seconds between two polls of one agent
-DRAINING_PAUSE = 0.1  # somebody waits for the end of a drain
+DRAINING_PAUSE = 0.1  # the same while it drains, since the next step waits for the drain's end
 FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 30.0
 CONNECTING = 64  # agents that are connected to at once
-LOAD_DELAY = 30.0  # seconds within which a change of load alone is told
+LOAD_DELAY = 30.0  # seconds until a change of load alone makes a service due
 SCALED_DELAY = 3.0  # the same for services that are scaled by their load
 SCALED_ROUNDS = 200.0  # rounds a second that load may cause in all services that are scaled by it
-LOAD_STEP = 5  # percent of the pool
+LOAD_STEP = 5  # percent of the pool by which blocks must change to count as a change of load
 LARGEST_ANSWER = 1 << 20
 
 
 @dataclass(slots=True)
 class _Agent:
-    """One agent's pod, followed as long as it is there."""
+    """One agent's pod, polled as long as it exists."""
 
     key: Key
     name: str
@@ -55,15 +55,15 @@ class _Agent:
     since: float  # when it was first followed, by the loop's clock
     report: Report | None = None
     told: AgentStatus | None = None  # the status that the service was last marked dirty for
-    urgent: bool = False  # poll it as often as is sensible
-    ready: bool = False  # what its pod says
+    urgent: bool = False  # it drains: poll it often
+    ready: bool = False  # its pod's condition Ready
     scaled: bool = False  # its load decides how many agents its service has
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # ends the pause after an error
     task: asyncio.Task[None] | None = None
 
 
 class Fleet:
-    """Follows the agents that it is told of; ``report`` is what is known of each."""
+    """Polls the agents that ``follow`` names; ``report`` returns the latest report of each."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Fleet:
         self._agents: dict[str, _Agent] = {}  # by uid of the pod
         self._of: dict[Key, set[str]] = {}  # uids by service
         self._connecting = asyncio.Semaphore(CONNECTING)
-        # Pods are reached by their IP, never through a proxy; one connection each, since a poll holds it.
+        # Pods are reached by their IP, never through a proxy. A poll occupies a connection: no total limit.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=4, keepalive_timeout=2 * WAIT),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -95,10 +95,10 @@ class Fleet:
         return None if found is None else found.report
 
     def unheard(self, key: Key) -> float:
-        """Seconds for which a service's agents' first reports are worth waiting for; 0 if all are there.
+        """Seconds to wait for the first reports of a service's agents; 0 or less if there is no need to.
 
-        An operator that has just started knows nothing of agents that have long been working: what it decided
-        and wrote without their reports would be undone a moment later.
+        An operator that has just started has no report of agents that have long been serving: what it decided
+        and wrote without these reports would be undone a moment later.
         """
         now = asyncio.get_running_loop().time()
         agents = [self._agents[uid] for uid in self._of.get(key, ())]
@@ -106,9 +106,9 @@ class Fleet:
         return max(waits, default=0.0)
 
     def follow(self, key: Key, pods: Mapping[str, Pod], token: str, *, scaled: bool = False) -> None:
-        """The pods of a service by uid. What is not among them is forgotten, report and all.
+        """Poll these pods of a service, by uid; forget its other pods and their reports.
 
-        ``scaled``: their load decides how many there are, so it is told soon.
+        ``scaled``: the service is scaled by its load, so a change of load makes it due soon.
         """
         for uid in self._of.get(key, set()) - pods.keys():
             self._forget(uid)
@@ -142,7 +142,7 @@ class Fleet:
             agent.task.cancel()
 
     async def drain(self, uid: str, timeout_s: float) -> str:
-        """Ask an agent to drain; empty, or why that did not work. It may be asked again."""
+        """Ask an agent to drain; returns why that failed, or "". It may be asked again."""
         agent = self._agents.get(uid)
         if agent is None:
             return "the agent has no address yet"
@@ -181,7 +181,7 @@ class Fleet:
         while True:
             try:
                 if since is None:
-                    # The first answer comes at once, so few connections are being made at any time.
+                    # Bounds how many connections are opened at once; a first poll is answered without a wait.
                     async with self._connecting:
                         status = await self._poll(agent, None)
                 else:
@@ -225,7 +225,7 @@ class Fleet:
         return {"Authorization": f"Bearer {agent.token}"}
 
     def _take(self, agent: _Agent, report: Report) -> None:
-        """Keep the report, and mark the service dirty as soon as what changed is worth it."""
+        """Keep the report, and make the service due: now for what decisions depend on, later for load."""
         first, agent.report = agent.report is None, report
         before, now = agent.told, report.status
         if before is None or now is None:
@@ -244,7 +244,7 @@ class Fleet:
 
 
 async def _status(response: aiohttp.ClientResponse) -> AgentStatus:
-    """The status in an answer; ValueError if it is none."""
+    """The status in an answer; ValueError if it has none."""
     body = await response.content.read(LARGEST_ANSWER)
     while chunk := await response.content.read(LARGEST_ANSWER):
         body += chunk

@@ -1,8 +1,8 @@
 """One operator acts at a time: a guard over a coordination.k8s.io/v1 Lease.
 
-The rules are client-go's leader election, which kopf does not have: times in the Lease are for people;
-each contender measures, on its own monotonic clock, how long it has seen the Lease unchanged, so clocks
-need not agree. A contender takes over after 15 s without change; the holder stops acting 10 s after it
+The rules are those of client-go's leader election, which kopf does not have. The times in the Lease are only
+for people: each contender measures on its own monotonic clock how long it has seen the Lease unchanged, so
+clocks need not agree. A contender takes over after 15 s without change; the holder stops acting 10 s after it
 *sent* its last successful renewal. The 5 s between are for requests on their way; both bounds count from
 before the write was sent, so an answer that comes late makes the holder stop earlier, never later.
 """
@@ -30,7 +30,7 @@ CALL_TIMEOUT = 4.0
 
 
 class LeaseApi(Protocol):
-    """What of ``Kube`` is needed here."""
+    """The part of ``Kube`` that is needed here."""
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Raw | None: ...
     async def create(self, body: Raw) -> Raw: ...
@@ -56,7 +56,7 @@ class Lease:
         self._seen: tuple[str, str] = (
             "",
             "",
-        )  # holder and version when the Lease last changed before our eyes
+        )  # holder and version in the last change of the Lease that we saw
         self._seen_at = clock()
         self.attempted_at = clock()
 
@@ -71,9 +71,9 @@ class Lease:
         return self._until - self._clock()
 
     async def attempt(self) -> bool:
-        """Take or renew the Lease if that can be done: ``held`` afterwards. Nothing is raised."""
+        """Take or renew the Lease if possible; returns ``held``. A KubeError is logged, not raised."""
         sent = self._clock()
-        # A holder must not sit in a call when its time is over.
+        # A holder must not still wait for a call when its time is over.
         limit = min(CALL_TIMEOUT, self.remaining) if self.held else CALL_TIMEOUT
         try:
             async with asyncio.timeout(limit):
@@ -97,7 +97,7 @@ class Lease:
             moved = spec.get("holderIdentity") != self.identity
             body = self._body(found, transitions=int(spec.get("leaseTransitions") or 0) + moved)
             await self._api.replace(body)
-        except Conflict:  # another one was faster
+        except Conflict:  # another operator wrote first
             return False
         return True
 
@@ -107,7 +107,7 @@ class Lease:
         if seen != self._seen:
             self._seen, self._seen_at = seen, self._clock()
         if holder == self.identity and not self.held:
-            # Ours by name, but others may have seen it unchanged as long as we have: only a write tells.
+            # It has our name, but another operator may be about to take it: only the write will show.
             return True
         return holder in ("", self.identity) or self._clock() - self._seen_at >= DURATION
 
@@ -147,7 +147,7 @@ class Lease:
     async def lead(self, work: Callable[[], Awaitable[None]]) -> None:
         """For ever: wait for the Lease, run ``work`` while it is held, cancel it in time if it is lost.
 
-        What ``work`` raises comes out; the Lease is released however this ends.
+        Exceptions from ``work`` are raised; the Lease is released in any case.
         """
         try:
             while True:

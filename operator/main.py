@@ -1,9 +1,9 @@
-"""The operator's process: ``python -m blockyard.operator.main``, set by ``BLOCKYARD_OPERATOR_*``.
+"""The operator's process: ``python -m blockyard.operator.main``, configured by ``BLOCKYARD_OPERATOR_*``.
 
-kopf is used for what it is best at, watching: its low-level event handlers feed the mirrors of
-``cluster``, and nothing else is registered that could make it write annotations, finalizers or events.
-What is done about it runs in tasks of our own in the same loop, which a startup handler begins and a
-cleanup handler ends: the Lease, and while it is held the workers. A standby keeps its mirrors warm.
+kopf does the watching only: its low-level event handlers feed the mirrors of ``cluster``. No handler is
+registered that would make kopf write annotations, finalizers or events. Reconciling runs in tasks of our
+own in the same loop, which a startup handler begins and a cleanup handler ends: one task renews the Lease,
+and while the Lease is held the workers run. A standby watches too, so its mirrors are current at a takeover.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .workqueue import WorkQueue
 
 log = logging.getLogger("blockyard.operator")
 
-SILENCE = 60.0  # seconds after which a Lease that was neither renewed nor tried means that the loop hangs
-STUCK = 2 * ROUND_TIMEOUT  # seconds after which a service that is due and not done means the same
+SILENCE = 60.0  # seconds without an attempt at the Lease after which the event loop counts as hung
+STUCK = 2 * ROUND_TIMEOUT  # seconds after which a service that is still due or worked on means the same
 
 
 class Operator:
@@ -53,7 +53,7 @@ class Operator:
         self.reconciler = Reconciler(
             kube, self.cluster, self.fleet, self.queue, self.recorder, metrics, defaults
         )
-        # A process that was killed and one that follows it in the same pod must not share a name.
+        # A container restarted in the same pod must not take the Lease of its killed predecessor for its own.
         identity = f"{settings.identity}_{secrets.token_hex(4)}"
         self.lease = Lease(kube, settings.lease_namespace, settings.lease_name, identity)
         kube.may_write = lambda: self.lease.held
@@ -144,7 +144,7 @@ class Operator:
 
 
 def registry_of(operator: Operator) -> kopf.OperatorRegistry:
-    """All that kopf is told to do."""
+    """All handlers that kopf runs."""
     registry = kopf.OperatorRegistry()
     cluster = operator.cluster
 
@@ -158,7 +158,7 @@ def registry_of(operator: Operator) -> kopf.OperatorRegistry:
 
     @kopf.on.login(registry=registry)
     async def login(**_: Any) -> kopf.ConnectionInfo:
-        """The client's own credentials; asked for again whenever the API server says 401."""
+        """The credentials of our own client; kopf calls this again after each 401."""
         credentials = operator.kube.credentials
         scheme, _space, token = (await operator.kube.authorization() or "").partition(" ")
         return kopf.ConnectionInfo(
@@ -189,11 +189,11 @@ def registry_of(operator: Operator) -> kopf.OperatorRegistry:
 
 
 def kopf_settings() -> kopf.OperatorSettings:
-    """kopf under our names wherever it could leave a trace, bounded wherever it could wait for ever."""
+    """kopf's settings: our prefix on all that it could store in objects, a timeout on all its waits."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.peering.standalone = True
-    # It would watch namespaces and CRDs, which needs rights that nothing else here needs.
+    # Scanning watches namespaces and CRDs, which would need rights that the operator does not have.
     settings.scanning.disabled = True
     settings.persistence.finalizer = f"{GROUP}/kopf"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=f"kopf.{GROUP}")
@@ -232,7 +232,7 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # kopf tells of every event at its INFO.
+    # At INFO, kopf logs every watch event.
     logging.getLogger("kopf").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
 
 

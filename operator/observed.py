@@ -1,7 +1,8 @@
-"""What is there: the cluster's objects and the agents' reports as plain values, the input of every decision.
+"""The cluster's objects and the agents' reports as plain values, which are the input of every decision.
 
-The API server's raw dictionaries are read here and nowhere else, and nothing here fails on what it finds:
-what cannot be read becomes ``Service.problem`` or stays at its default. Times are seconds since the epoch.
+What decisions need of the API server's raw dictionaries is parsed here, and parsing never fails: a spec that
+cannot be read becomes ``Service.problem``, another field then keeps its default. Times are seconds since the
+epoch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ AgentPhase = Literal[
 
 
 def seconds(stamp: object) -> float | None:
-    """An RFC 3339 time as seconds since the epoch; None if it is none."""
+    """An RFC 3339 time as seconds since the epoch; None if it is not one."""
     if not isinstance(stamp, str):
         return None
     try:
@@ -55,7 +56,7 @@ def stamp(time: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """An LLMService. ``spec`` is None, and ``problem`` says why, if it cannot be read."""
+    """An LLMService. If its spec cannot be read, ``spec`` is None and ``problem`` says why."""
 
     name: str
     namespace: str
@@ -131,7 +132,7 @@ class Pod:
     """A pod with an agent.
 
     ``running`` is the state of the container ``agent``, ``problem`` a CamelCase reason why the pod does not
-    get on (UNSCHEDULABLE, FAILED, or the kubelet's, such as ImagePullBackOff and CrashLoopBackOff) with
+    become ready (UNSCHEDULABLE, FAILED, or the kubelet's, such as ImagePullBackOff and CrashLoopBackOff) with
     ``message`` in the cluster's own words. ``scheduled`` is when the pod was bound to ``node``.
     """
 
@@ -157,7 +158,7 @@ class Pod:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], report: Report | None = None) -> Self:
-        """``report`` must be of this very pod: match it by uid, for names can come back."""
+        """``report`` must be of this pod: match it by uid, since a new pod can have an old name."""
         metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
         labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
         container: Mapping[str, Any] = next(
@@ -198,12 +199,12 @@ class Pod:
 
     @property
     def started(self) -> bool:
-        """There is, or may be, an agent in it that has work: its container runs, or it answers."""
+        """An agent runs in it and may have work: its container runs, or the agent answers."""
         return not self.finished and (self.running or self.agent is not None)
 
     @property
     def state(self) -> AgentPhase:
-        """One word for a person; the agent's own word where it answers."""
+        """The state in one word, for people; what the agent reports comes before the pod's conditions."""
         if self.deleting:
             return "Terminating"
         if self.finished:
@@ -227,8 +228,8 @@ class Observed:
     """All that is known of one service at one moment.
 
     ``pods`` are its agents' pods, terminating ones included; ``nodes`` all nodes by name. ``revision`` is
-    what ``children.revision`` says of the spec ("" without one). ``refused`` is what the API server answered
-    to the last write that it refused, until one goes through.
+    ``children.revision`` of the spec ("" without one). ``refused`` is the message of the last write that the
+    API server refused, "" after a round that succeeded.
     """
 
     service: Service
@@ -245,7 +246,7 @@ def _condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 
 
 def _problem(status: Mapping[str, Any]) -> tuple[str, str]:
-    """Why a pod does not get on: (reason, message), ("", "") if nothing says so."""
+    """Why a pod does not become ready: (reason, message); ("", "") if its status names no problem."""
     if status.get("phase") == "Failed":
         return status.get("reason") or FAILED, status.get("message") or "the pod has failed"
     scheduled = _condition(status, "PodScheduled")
@@ -260,7 +261,7 @@ def _problem(status: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _words(container: Mapping[str, Any], message: str) -> str:
-    """The kubelet's message, and how the container ended before: that says why it crashes."""
+    """The kubelet's message, and how the container ended last time, which shows why it crashes."""
     ended = (container.get("lastState") or {}).get("terminated") or {}
     if not ended:
         return message

@@ -1,10 +1,9 @@
-"""One round over one service: observe, decide with the pure functions, carry out, write the status if it
-differs.
+"""Reconciles services: a round observes one, decides with the pure functions, acts, and writes the status.
 
-Level-triggered: a round looks at what is there and never at what changed, so it may run at any time,
-twice, or after a restart in the middle of another one. What must survive lives in the cluster (a begun
-drain in the pod's annotations, decisions in the status); what is kept here only saves work. Services do
-not wait for each other: a round that fails says so on its own service and is tried again after a growing
+Level-triggered: a round looks at the present state and never at what changed, so it may run at any time,
+twice, or after a restart in the middle of another one. State that must survive is in the cluster (a begun
+drain in the pod's annotations, decisions in the status); state in memory only saves work. Services do not
+wait for each other: a failed round is reported in the status of its own service and retried after a growing
 pause.
 """
 
@@ -40,14 +39,14 @@ ROUND_TIMEOUT = 120.0  # seconds for one round
 LOAD_INTERVAL = 30.0  # seconds between two writes of a status in which only load has changed
 RESYNC_SPREAD = 30.0  # seconds over which a re-list's rounds are spread
 RESYNC_RETRY = 5.0
-DRAIN_RETRY = 2.0  # seconds after an agent could not be asked to drain; until the drain's deadline
+DRAIN_RETRY = 2.0  # seconds until a failed POST /drain is repeated; ends with the drain's deadline
 
 # The service that the running task works for; log lines carry it.
 current_service: ContextVar[str] = ContextVar("current_service", default="")
 
 
 class Reconciler:
-    """Brings services to what their specs say, a few at a time."""
+    """Brings services to the state that their specs ask for, a few at a time."""
 
     def __init__(
         self,
@@ -70,12 +69,15 @@ class Reconciler:
         self._clock = clock
         self._companions = Companions(kube, cluster)
         self._tokens: dict[str, str] = {}  # agents' token by uid of the service
-        self._uids: dict[Key, str] = {}  # the services that have been seen
-        self._refused: dict[Key, str] = {}  # what the API server last refused, until a round goes through
+        self._uids: dict[Key, str] = {}  # uid of the service that was last seen under each name
+        self._refused: dict[Key, str] = {}  # the last refusal, until a round succeeds
         self._load_written: dict[Key, float] = {}  # when a status was last written
 
     async def run(self, workers: int, namespaces: Sequence[str], resync_seconds: float) -> None:
-        """List everything, then work until cancelled; then again, though others may have acted meanwhile."""
+        """List everything, then work until cancelled.
+
+        May be called again when the Lease is back: what another operator may have changed is read anew.
+        """
         self._tokens.clear()
         self._refused.clear()
         await self._resync(namespaces)
@@ -96,7 +98,7 @@ class Reconciler:
                 self._queue.done(key)
 
     async def _guarded(self, key: Key) -> None:
-        """One round that fails alone, whatever happens in it."""
+        """One round. No failure in it reaches the worker or another service."""
         current_service.set("/".join(key))
         begin, result = time.perf_counter(), "error"
         try:
@@ -115,7 +117,7 @@ class Reconciler:
         finally:
             self._metrics.reconciles.labels(result).observe(time.perf_counter() - begin)
 
-    # ── Looking anew ──────────────────────────────────────────────────────────────────────────────
+    # ── Re-lists ──────────────────────────────────────────────────────────────────────────────────
 
     async def _resync_often(self, namespaces: Sequence[str], seconds: float) -> None:
         while True:
@@ -126,7 +128,7 @@ class Reconciler:
                 self._queue.add_after(key, random.uniform(0.0, min(RESYNC_SPREAD, seconds)))
 
     async def _resync(self, namespaces: Sequence[str]) -> None:
-        """Re-list until that works: the mirrors are right afterwards, and drifted companions are known."""
+        """Re-list until that succeeds, so that the mirrors are current and drifted companions are known."""
         while True:
             try:
                 await self._cluster.relist(self._kube, namespaces)
@@ -169,15 +171,15 @@ class Reconciler:
             problem = error
             if isinstance(error, ApiError) and not isinstance(error, Conflict):
                 self._refused[key] = str(error)
-        except Exception as error:  # noqa: BLE001 -- raised below, after the status has told of it
+        except Exception as error:  # noqa: BLE001 -- raised below, after the status was written
             problem = error
             self._refused[key] = f"internal error of the operator: {error!r}"
         current = self._cluster.services.get(key)
         if current is not None and current.service.uid == service.uid:
-            # The status tells of the spec that this round has worked on, not of one that came meanwhile.
+            # The status describes the spec that this round has worked on, not one that arrived meanwhile.
             observed = self._observe(replace(service, status=current.service.status), revision)
             await self._write_status(key, observed, done)
-            # A scaling that has just failed is tried again with the round, after the queue's pause.
+            # After a failure the queue's back-off decides: a scaling that is due must not shorten it.
             for seconds in (replicas.due(observed), None if problem else autoscale.due(observed)):
                 if seconds is not None:
                     self._queue.add_after(key, max(0.1, seconds))
@@ -185,7 +187,7 @@ class Reconciler:
             raise problem
 
     def _read(self, service: Service) -> tuple[Service, str, list[Raw]]:
-        """The service, its revision, its companions; with a template that does not fit, no readable spec."""
+        """The service, its revision, its companions. A template that does not fit makes the spec invalid."""
         if service.spec is None:
             return service, "", []
         try:
@@ -211,7 +213,7 @@ class Reconciler:
         )
 
     async def _prepare(self, custom: Custom, service: Service, wanted: list[Raw]) -> None:
-        """Make what is there before agents are and beside them, and follow those that are."""
+        """Make all that agents need (finalizer, token, companions), and poll the agents that exist."""
         if not service.deleting and service.spec is not None and not service.paused:
             await self._hold(custom)
             await self._token(service, make=True)
@@ -224,7 +226,7 @@ class Reconciler:
     async def _converge(
         self, custom: Custom, service: Service, revision: str, done: list[Action | Scale]
     ) -> None:
-        """Carry out all that is to be done now; ``done`` holds what was, also if this fails."""
+        """Carry out all actions that are due; ``done`` collects those that succeeded, also if this raises."""
         if service.deleting and not self._cluster.pods_of(service):
             await self._let_go(custom)
             return
@@ -233,14 +235,14 @@ class Reconciler:
         if (scale := autoscale.plan(observed)) is not None:
             try:
                 await self._scale(service, scale)
-            except ApiError as error:  # agents are seen to all the same
+            except ApiError as error:  # raised below: agents are planned and drained all the same
                 refusal = error
-            else:  # the next round, which this has made due, works on the new number
+            else:  # the change has made another round due, which plans with the new number
                 done.append(scale)
                 return
         actions = replicas.plan(observed)
         if any(isinstance(action, Create) for action in actions):
-            # A Secret that somebody deleted would keep new agents from starting.
+            # New agents cannot start without the Secret: make it again if somebody has deleted it.
             self._tokens.pop(service.uid, None)
             await self._token(service, make=True)
         for action in actions:
@@ -262,7 +264,7 @@ class Reconciler:
         )
 
     async def _hold(self, custom: Custom) -> None:
-        """The finalizer, so that a deletion waits until agents have drained."""
+        """Set the finalizer, so that a deletion waits until agents have drained."""
         if FINALIZER not in custom.finalizers:
             await self._set_finalizers(custom, [*custom.finalizers, FINALIZER])
 
@@ -278,7 +280,7 @@ class Reconciler:
         )
 
     async def _token(self, service: Service, *, make: bool) -> str:
-        """What agents and operator know each other by; empty if there is none and it is not to be made."""
+        """The agents' token, for operator and gateways; empty if there is none and ``make`` is false."""
         if (known := self._tokens.get(service.uid)) is not None:
             return known
         body = children.secret(service, secrets.token_urlsafe(32))
@@ -294,7 +296,7 @@ class Reconciler:
     # ── Actions ───────────────────────────────────────────────────────────────────────────────────
 
     async def _carry_out(self, service: Service, revision: str, action: Action) -> None:
-        """One action; the pod's new state is known before this returns."""
+        """Carry out one action; the pod's new state is in the mirror before this returns."""
         match action:
             case Create(name=name):
                 body = children.agent_pod(service, name, revision, self._defaults)
@@ -320,7 +322,7 @@ class Reconciler:
         self._cluster.pods.put(await self._kube.merge(POD, service.namespace, pod.name, patch))
 
     async def _tell(self, service: Service, done: Sequence[Action]) -> None:
-        """One event for each kind of action and reason, however many agents it was."""
+        """Post one event per kind of action and reason, however many agents it concerns."""
         words = {Create: "AgentCreated", Drain: "AgentDraining", Delete: "AgentDeleted"}
         groups: dict[tuple[type[Action], str], list[str]] = {}
         for action in done:
@@ -335,7 +337,7 @@ class Reconciler:
     # ── Status ────────────────────────────────────────────────────────────────────────────────────
 
     async def _write_status(self, key: Key, observed: Observed, done: Sequence[Action | Scale]) -> None:
-        """Write it if it differs; if only load does, not too often."""
+        """Write the status if it differs; if only load differs, at most every ``LOAD_INTERVAL`` seconds."""
         service, before = observed.service, observed.service.status
         after = status.compute(observed, done, before)
         if after == before:
@@ -354,7 +356,7 @@ class Reconciler:
     async def _tell_conditions(
         self, service: Service, before: Mapping[str, Any], after: Mapping[str, Any]
     ) -> None:
-        """Events for what a person wants to know: it is ready, it is no longer, it is degraded, and why."""
+        """Post events when the service becomes ready, is no longer ready, or is degraded, with the reason."""
         old, new = _conditions(before), _conditions(after)
         for kind, bad in (("Ready", "False"), ("Degraded", "True")):
             now, then = new.get(kind, {}), old.get(kind, {})
@@ -369,7 +371,7 @@ class Reconciler:
                 await self._recorder.emit(service, "Normal", "Ready", "Observe", now.get("message", ""))
 
     def _forget(self, key: Key, uid: str) -> None:
-        """The service, in that life, is gone."""
+        """The service with this uid is gone; there may be a new one of the same name."""
         self._fleet.follow(key, {}, "")
         self._companions.forget(key)
         self._recorder.forget(uid)

@@ -1,19 +1,20 @@
-"""Which agents come and which go: one pure function from what is there to what is done next.
+"""Decides which agents are created and which are removed: a pure function from ``Observed`` to actions.
 
 Level-triggered: everything that a decision needs is in ``Observed`` (a drain that has begun is in the pod's
-annotations, the back-off after failures in the status' decisions), so that the operator may be killed between
-any two steps, and may see the same state twice. Applying one plan twice changes nothing: new pods have names
-that follow from the service, the revision and a free slot, so that a second creation meets the first pod.
+annotations, the back-off after failures in the status' decisions), so the operator may be killed between any
+two steps, and may see the same state twice. Plans are idempotent: the name of a new pod is derived from the
+service, the revision and a free slot, so creating it a second time finds the first pod.
 
-Pods are of these kinds, and each pod of one:
+Each pod is of one of these kinds:
 
     gone      terminating, lost with its node, or failed: no part of the service any more
     leaving   drains, or is drained
-    bad       stays until it is replaced: of an old revision, or on a node that is to be left
+    bad       serves until it is replaced: of an old revision, or on a node that it must leave
     good      of the newest revision, on a node that may be used
 
-New good ones are made while good ones are missing and there is room: replicas and maxSurge count good and bad
-together. Bad ones, and good ones in excess, are drained as far as replicas less maxUnavailable stay ready.
+Good pods are created while fewer than replicas are good, and while good and bad pods together are fewer than
+replicas plus maxSurge. Bad pods, and good pods in excess of replicas, are drained, as long as replicas minus
+maxUnavailable pods stay ready.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from . import reasons
 from .api import DrainSpec
 from .observed import Observed, Pod, seconds
 
-NODE_LAG = 15.0  # seconds in which a node may still be unheard of when a pod has been put on it
+NODE_LAG = 15.0  # seconds after scheduling in which a pod's node may not be in the mirror yet
 NODE_PATIENCE = 60.0  # seconds for which a node may be not ready before its agents are given up
-REPORT_SECONDS = 10.0  # an agent cuts its requests off at the deadline, and has so long to tell that it did
+REPORT_SECONDS = 10.0  # an agent aborts its requests at the deadline, and has so long to report that
 BACKOFF_FIRST, BACKOFF_LONGEST = 10.0, 300.0  # seconds between replacements of failed pods, doubling
 BACKOFF_MEMORY = 900.0  # seconds after which a failure is forgotten
-_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own for names: no vowels, no words
+_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # as in names that Kubernetes generates: without vowels
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Take the label UNDRAINED off: the PodDisruptionBudget lets the pod go."""
+    """Remove the label UNDRAINED, so that the PodDisruptionBudget no longer protects the pod."""
 
     pod: Pod
 
@@ -87,14 +88,14 @@ def plan(observed: Observed) -> list[Action]:
 
 
 def due(observed: Observed) -> float | None:
-    """Seconds until time alone changes the plan (a deadline, the end of a back-off); None if never."""
+    """Seconds until the plan changes without an event (a deadline, the end of a back-off); None if never."""
     this_round = _Round(observed)
     this_round.actions()
     return min((time - observed.now for time in this_round.times if time > observed.now), default=None)
 
 
 def lost(pod: Pod, observed: Observed) -> str:
-    """Why a pod is given up; "" unless its node is gone and its agent does not answer."""
+    """Why a pod counts as lost: node gone or not ready for long, and agent silent; else ""."""
     since, word = _node_trouble(pod, observed)
     return word if pod.agent is None and since is not None and observed.now >= since else ""
 
@@ -105,7 +106,7 @@ def gone(pod: Pod, observed: Observed) -> bool:
 
 
 def misplaced(pod: Pod, observed: Observed) -> tuple[str, str]:
-    """(reason, words) if a pod must leave its node, though its agent may work there; else ("", "")."""
+    """(reason, words) if a pod must leave its node, although its agent may still serve; else ("", "")."""
     node = observed.nodes.get(pod.node)
     since, word = _node_trouble(pod, observed)
     if since is not None and observed.now >= since:
@@ -126,12 +127,12 @@ def leaving(pod: Pod) -> bool:
 
 
 def works(pod: Pod) -> bool:
-    """Its agent says that it serves, whatever the pod's condition says at the moment."""
+    """Its agent reports that it serves, although the pod's condition Ready may be false at the moment."""
     return pod.agent is not None and pod.agent.state == "ready"
 
 
 def _node_trouble(pod: Pod, observed: Observed) -> tuple[float | None, str]:
-    """From when on the pod's node counts as gone, and why."""
+    """(when the pod's node begins to count as gone, why); (None, "") if the node is well."""
     if not pod.node:
         return None, ""
     node = observed.nodes.get(pod.node)
@@ -143,7 +144,7 @@ def _node_trouble(pod: Pod, observed: Observed) -> tuple[float | None, str]:
 
 
 class _Round:
-    """One look at one service. ``times`` are the moments at which another one would see something else."""
+    """Plans one round of one service. ``times`` are the moments at which the plan may change by itself."""
 
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
@@ -176,10 +177,10 @@ class _Round:
         by_worth = sorted(staying, key=self._worth)
         return [*actions, *self._create(by_worth, bad, ended + going, waiting), *self._remove(by_worth, bad)]
 
-    # ── Those that are no more ────────────────────────────────────────────────────────────────────
+    # ── Pods that have ended ──────────────────────────────────────────────────────────────────────
 
     def _bury(self, pod: Pod, *, wait: bool) -> list[Action]:
-        """Delete what will not end by itself."""
+        """Delete a pod that does not go away by itself: a lost one, or a failed one after its back-off."""
         if why := lost(pod, self.observed):
             return [Delete(pod, reasons.NODE_LOST, why, force=True)]
         if pod.finished and not pod.deleting and (leaving(pod) or not wait):
@@ -187,9 +188,10 @@ class _Round:
         return []
 
     def _waiting(self, ended: list[Pod]) -> int:
-        """How many failed pods are not replaced yet; they stay until then, for people to look at.
+        """How many failed pods wait for the end of the back-off; until then they are kept for inspection.
 
-        A pod that fails again and again, for its node refuses it, would otherwise be made anew without end.
+        Without the back-off, pods that fail at once (their node refuses them) would be created in an endless
+        loop.
         """
         failed = [
             pod
@@ -212,10 +214,10 @@ class _Round:
                 if time is not None and self.observed.now - time < BACKOFF_MEMORY:
                     yield time
 
-    # ── Those that go ─────────────────────────────────────────────────────────────────────────────
+    # ── Draining ──────────────────────────────────────────────────────────────────────────────────
 
     def _send_off(self, pod: Pod, reason: str, message: str) -> Action:
-        """The first step out: a drain where there may be work, deletion where no agent runs."""
+        """The first step of a removal: drain the agent if one runs, else delete the pod."""
         if pod.started:
             return Drain(pod, reason, message, self.timeout)
         return Delete(pod, reason, f"{message}; no agent runs in it")
@@ -227,7 +229,7 @@ class _Round:
             return [Delete(pod, reason, "it is drained")]
         state = None if pod.agent is None else pod.agent.state
         since = pod.draining_since
-        if since is None:  # somebody else has asked the agent; from here on it is ours
+        if since is None:  # somebody else began the drain: give it our deadline
             return [Drain(pod, reason, "its agent drains", self.timeout)]
         deadline = since + self.timeout
         self.times.append(deadline + REPORT_SECONDS)
@@ -246,7 +248,7 @@ class _Round:
             return []
         return [Release(pod), Delete(pod, reason, end)]
 
-    # ── Those that come, and those that are too many ──────────────────────────────────────────────
+    # ── Creation and removal ──────────────────────────────────────────────────────────────────────
 
     def _create(
         self, staying: list[Pod], bad: Mapping[str, tuple[str, str]], left: list[Pod], waiting: int
@@ -260,7 +262,7 @@ class _Round:
         causes += [
             (reasons.AGENT_LEAVING, f"{pod.name} is gone")
             for pod in left
-            if pod.drain_reason in ("", reasons.AGENT_LEAVING)  # and not sent off by a decision
+            if pod.drain_reason in ("", reasons.AGENT_LEAVING)  # not drained by a decision
         ]
         words = f"agents wanted: {spec.replicas}, there: {good}"
         causes += [(reasons.SCALE_OUT, words)] * missing
@@ -279,7 +281,7 @@ class _Round:
         for pod in staying:
             if pod.name not in causes or (pod.ready and spare <= 0):
                 continue
-            if works(pod) and spare < 0:  # out of the Endpoints at the moment, but perhaps not for long
+            if works(pod) and spare < 0:  # not ready now, but it may be again in a moment
                 continue
             spare -= pod.ready
             reason, why = causes[pod.name]
@@ -296,7 +298,11 @@ class _Round:
         return None
 
     def _worth(self, pod: Pod) -> tuple[Any, ...]:
-        """Missed least comes first: on a bad node, old, not serving, idlest, emptiest, coldest, youngest."""
+        """Sort key: the pod that costs least to remove comes first.
+
+        In this order: on a node that it must leave, of an old revision, not ready, fewest requests, fewest
+        active blocks, fewest cached blocks, youngest.
+        """
         agent = pod.agent
         return (
             not misplaced(pod, self.observed)[0],
@@ -319,7 +325,7 @@ def _load(pod: Pod) -> str:
 
 
 def _free_names(observed: Observed) -> Iterator[str]:
-    """Names for new pods: always the same ones in the same order, without those that exist."""
+    """Names for new pods: a fixed sequence per service and revision, without the names that exist."""
     taken = {pod.name for pod in observed.pods}
     for slot in itertools.count():
         facts = f"{observed.service.uid} {observed.revision} {slot}"

@@ -1,8 +1,8 @@
-"""The status of an LLMService, computed from what is there, in this one place.
+"""Computes the status of an LLMService from an ``Observed``; no other file does.
 
 Conditions: Ready says whether requests are served as asked, Progressing whether something is being changed,
 Degraded whether a person should look, Balanced whether no agent is short of blocks while another one has some
-to spare. Messages hold no number that changes by itself, such as an age: a status is written when it differs.
+to spare. Messages hold no number that changes by itself, such as an age, which would cause endless writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONGEST_MESSAGE = 1024
 MOST_AGENTS = 64
 MOST_DECISIONS = 16
 
-# What changes all the time while requests run, of a service, its agents and its pools.
+# Fields of a service, its agents and its pools that change all the time while requests run.
 _LOAD = {"running", "waiting", "usedPercent", "cachedPercent", "hitPercent", "autoscaling"}
 _LOAD |= {"free", "cached", "active"}
 
@@ -70,8 +70,9 @@ def compute(
 def urgent(status: Mapping[str, Any], previous: Mapping[str, Any]) -> bool:
     """Does it differ in more than load (percentages, running and waiting requests, pool numbers)?
 
-    Load alone changes all the time while requests run: write it at most every few seconds. That fewer agents
-    are enough is load too, but the time since when must not outlive the moment in which it is no longer true.
+    Load alone changes all the time while requests run, so it should be written only now and then. The field
+    autoscaling is load too, but once it has a ``since``, a change is urgent: with an outdated ``since``, a
+    scale-in would come before its delay is over.
     """
     before = previous.get("autoscaling") or {}
     if "since" in before and status.get("autoscaling") != before:
@@ -94,7 +95,7 @@ def _without_load(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _View:
-    """The pods by what they mean to the service."""
+    """The pods of a service by their part in it, and the verdict on each condition."""
 
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
@@ -106,7 +107,7 @@ class _View:
         self.troubles = list(self._troubles())
 
     def _troubles(self) -> Iterator[tuple[str, str]]:
-        """(reason, message) of all that keeps agents from serving, in the cluster's own words."""
+        """(reason, message) of each problem that keeps agents from serving, in the cluster's own words."""
         found: dict[str, list[tuple[str, str]]] = {}
         for pod in self.observed.pods:
             if why := lost(pod, self.observed):
@@ -261,7 +262,7 @@ def _trouble(pod: Pod) -> str:
 def _decisions(
     observed: Observed, actions: Iterable[Action | Scale], previous: Mapping[str, Any]
 ) -> list[Decision]:
-    """The newest first. A step that is only tried again is no new decision."""
+    """The newest first. A step that is repeated is not a new decision."""
     found = [Decision.model_validate(each) for each in previous.get("decisions") or ()]
     for action in actions:
         if isinstance(action, Release):

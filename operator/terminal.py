@@ -28,7 +28,7 @@ Found = tuple[list[Raw], list[Raw]]  # LLMServices, KVMoves
 
 
 def runs_folder() -> Path:
-    """Where local runtimes keep their logs and what they are doing."""
+    """The folder in which each local runtime keeps its logs and its state file."""
     return cache_folder() / "run"
 
 
@@ -59,7 +59,7 @@ async def up(manifest: Path, port: int, keys: Path | None) -> int:
 
 
 def _stop_on_signals(stop: asyncio.Event, runtime: LocalRuntime) -> None:
-    """The first signal ends in order, the second at once."""
+    """The first signal lets open requests finish before the processes end; a second one kills them."""
 
     def ended() -> None:
         if stop.is_set():
@@ -100,7 +100,7 @@ def _screen(title: str) -> Iterator[Callable[[Raw], None]]:
 
 @contextlib.asynccontextmanager
 async def _cluster(namespace: str | None) -> AsyncIterator[Callable[[], Awaitable[Found]]]:
-    """What asks a cluster for its LLMServices and KVMoves; asking raises KubeError where that fails."""
+    """A function that reads the LLMServices and KVMoves of a cluster; it raises KubeError if that fails."""
     from .kube import KV_MOVE, LLM_SERVICE, Kube, load_credentials
     from .settings import OperatorSettings
 
@@ -125,7 +125,7 @@ async def _cluster(namespace: str | None) -> AsyncIterator[Callable[[], Awaitabl
 
 
 def _has_cluster() -> bool:
-    """Does anything here say where a cluster is?"""
+    """Is a cluster configured, by a kubeconfig or by the environment of a pod?"""
     kubeconfig = os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"
     return Path(kubeconfig).is_file() or "KUBERNETES_SERVICE_HOST" in os.environ
 
@@ -133,7 +133,7 @@ def _has_cluster() -> bool:
 async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
     """Print all services once, or keep showing them until Ctrl-C.
 
-    ``here``: only those of this machine. A cluster that is configured and cannot be asked is an error.
+    ``here``: only those of this machine. KubeError if a cluster is configured but cannot be read at first.
     """
     from .kube import KubeError
 
@@ -157,5 +157,5 @@ async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
             await asyncio.sleep(REFRESH)
             try:
                 found, problem = await ask(), Text()
-            except KubeError as error:  # the last answer stays in sight until there is another one
+            except KubeError as error:  # keep showing the last answer
                 problem = Text(f"the cluster does not answer: {error}", style="red")

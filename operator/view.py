@@ -1,7 +1,7 @@
-"""LLMServices as a person wants to see them in a terminal: for ``blockyard status``, ``top`` and ``up``.
+"""Renders LLMServices for a terminal: for ``blockyard status``, ``top`` and ``up``.
 
-Shows what the API server stores (or the local runtime writes) and nothing else, so that it is what every
-other tool sees. It is to be read at 80 columns: what may be long is last in its row and wraps under itself.
+It shows what the API server stores (or the local runtime writes) and nothing else, so that it agrees with
+other tools. It must be readable at 80 columns, so a long text is the last cell of its row and wraps in there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _service(raw: Raw, moves: Sequence[Raw]) -> list[RenderableType]:
 
 
 def _rows(rows: Iterable[Sequence[str | Text]]) -> RenderableType:
-    """Rows of equal length. The last cell of each has the room that is left."""
+    """Rows of equal length, in cells. The last cell of each takes the rest of the line."""
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(*row)
@@ -98,7 +98,7 @@ def _decision(decision: Raw) -> tuple[Text, Text]:
 
 
 def _bar(pool: Raw) -> Text:
-    """Active, cached and free blocks to scale; what there is of shows at least once."""
+    """Active, cached and free blocks, to scale; the first two are rounded up, so that few are visible too."""
     total = max(1, pool.get("total", 0))
     active, cached = (-(-pool.get(state, 0) * BAR // total) for state in ("active", "cached"))
     cached = max(0, min(cached, BAR - active))
@@ -113,7 +113,7 @@ def _numbers(pool: Raw) -> str:
 
 
 def _table(*columns: str) -> Table:
-    """One line a row. Where it would be too long, names of other objects lose their ends."""
+    """A table with one line per row; if that is too long, the names of other objects are cut at the end."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for column in columns:
         side: JustifyMethod = "right" if column in NUMBERS else "left"

@@ -1,9 +1,8 @@
-"""Which services are to be reconciled next: keys that coalesce, never two workers on one key, back-off on
-errors.
+"""The queue of services to reconcile: equal keys coalesce, one worker per key, back-off after errors.
 
-The design is client-go's work queue: a key added while it waits is one key; added while it is worked on,
-it comes back when that ends. So a burst of events costs one or two rounds, and a slow service blocks only
-itself.
+The design is client-go's work queue: a key that is added while it waits stays one key; a key that is added
+while a worker has it is queued again when the worker is done. So a burst of events costs one or two rounds,
+and a slow service delays only itself.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class WorkQueue:
         return len(self._since)
 
     def add(self, key: Key) -> None:
-        """Due now."""
+        """Make the key due now."""
         if (timer := self._later.pop(key, None)) is not None:
             timer.cancel()
         if key in self._working:
@@ -47,7 +46,7 @@ class WorkQueue:
             self._wakeup.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Due in so many seconds, unless it becomes due before."""
+        """Make the key due in so many seconds, unless it becomes due before."""
         loop = asyncio.get_running_loop()
         when, timer = loop.time() + seconds, self._later.get(key)
         if key in self._since or key in self._again:
@@ -69,16 +68,16 @@ class WorkQueue:
         return key, waited
 
     def done(self, key: Key) -> None:
-        """The worker is through with it, whatever came out."""
+        """The worker has finished with the key, successfully or not."""
         del self._working[key]
         if key in self._again:
             self._again.discard(key)
             self.add(key)
 
     def failed(self, key: Key) -> float:
-        """Due again after a pause that doubles with each failure in a row: the pause in seconds.
+        """Make the key due after a pause that doubles with each failure in a row; returns its seconds.
 
-        ``add`` still makes it due at once: something has changed, and that may be what it waited for.
+        ``add`` still makes the key due at once: something has changed, perhaps the cause of the failure.
         """
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
@@ -90,12 +89,12 @@ class WorkQueue:
         self._failures.pop(key, None)
 
     def oldest(self) -> float:
-        """Seconds that the most patient key has been waiting or worked on; 0 if there is none."""
+        """Seconds for which the oldest key has been due or worked on; 0 if there is none."""
         times = (*self._since.values(), *self._working.values())
         return self._clock() - min(times) if times else 0.0
 
     def close(self) -> None:
-        """Forget everything; no timer is left."""
+        """Forget all keys but those in a worker's hands, and cancel all timers."""
         for timer in self._later.values():
             timer.cancel()
         self._later.clear()

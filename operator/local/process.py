@@ -1,7 +1,7 @@
-"""A process of the local runtime: started with a container's settings, restarted like one, ended in time.
+"""A process of the local runtime: starts it, restarts it when it dies, and stops it within a grace period.
 
-On one machine this is what the kubelet is in a cluster. Whatever happens to the runtime, its processes do not
-outlive it (on Linux the kernel sees to that even after a kill -9).
+On one machine this does what the kubelet does in a cluster. The processes do not outlive the runtime: on
+Linux the kernel sends them SIGTERM even when the runtime was ended by kill -9.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 FIRST_RESTART, LONGEST_RESTART = 1.0, 60.0  # seconds before a process that died is started again; doubling
-STABLE = 60.0  # seconds after which a death is no longer held against it
-LOG_BYTES = 8 << 20  # a log that is longer begins anew
+STABLE = 60.0  # seconds alive after which the pause is FIRST_RESTART again
+LOG_BYTES = 8 << 20  # a longer log is emptied when its process starts
 _LISTENS = re.compile(r"(http://\S+?)(?=[\s,]|$)")
 _PR_SET_PDEATHSIG = 1
 
@@ -30,7 +30,7 @@ def _die_with_parent() -> None:
 
 
 class LocalProcess:
-    """One program that should run until ``stop``. ``url`` is where it says that it listens."""
+    """One program that should run until ``stop``. ``url``: its address, from its output; "" before that."""
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class LocalProcess:
                 stdout=PIPE,
                 stderr=log,
                 env=dict(self._environment),
-                start_new_session=True,  # Ctrl-C is for the runtime, which ends its processes in order
+                start_new_session=True,  # Ctrl-C goes to the runtime, which stops its processes in order
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
             process = self._process
-            if self._stopping:  # asked to go while it was being started
+            if self._stopping:  # stop() was called during the start
                 self._signal(signal.SIGTERM)
             self._on_change()
             assert process.stdout is not None
@@ -128,7 +128,7 @@ class LocalProcess:
 
 
 def _last_line(log: Path) -> str:
-    """The last thing that was said, after a colon."""
+    """The last line of a log, after ": "; empty if there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))

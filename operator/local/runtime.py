@@ -1,9 +1,9 @@
 """The local runtime: an LLMService on one machine, without Kubernetes.
 
-The same manifest and the same pure functions as in a cluster (``children`` for what an agent is started with,
-``autoscale`` for how many are wanted, ``replicas`` for which come and go, ``status`` for what is said of it)
-with processes in place of pods. A change of the manifest's file is a change of the resource, rolling update
-included.
+It takes the same manifest and uses the same pure functions as in a cluster (``children`` for an agent's
+settings, ``autoscale`` for the number of agents, ``replicas`` for which are created and removed, ``status``
+for the status), with processes in place of pods. A change of the manifest's file is followed with a rolling
+update of the agents; the gateway keeps the settings that it was started with.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ log = logging.getLogger("blockyard.local")
 
 NODE = Node("this-machine")
 DEFAULTS = Defaults(image="local", namespace="local")
-TICK = 1.0  # seconds between rounds in which nothing has happened: for deadlines and for the manifest's file
+TICK = 1.0  # seconds between rounds without an event, which look at deadlines and the manifest
 STATE = "state.json"
 EXIT_GRACE = 10.0  # seconds a process gets beyond its own grace period
-# What only makes sense in a container: the agent's own defaults are right here.
+# Variables that only make sense in a container; on this machine the agent's own defaults are right.
 IN_CONTAINERS = {"BLOCKYARD_CACHE", "HF_HOME", "HOME"}
 
 
 @dataclass(slots=True)
 class LocalAgent:
-    """What is known of one agent besides its process: what a pod's metadata would hold."""
+    """One agent: its process, and what the metadata of a pod would hold in a cluster."""
 
     name: str
     uid: str
@@ -58,7 +58,7 @@ class LocalAgent:
     ending: asyncio.Task[None] | None = None
 
     def pod(self, fleet: Fleet) -> Pod:
-        """The pod that it would be in a cluster."""
+        """The agent as the pod that it would be in a cluster."""
         address = urlsplit(self.process.url)
         report = fleet.report(self.uid)
         said = None if report is None or report.error else report.status
@@ -99,7 +99,7 @@ class LocalRuntime:
     gateway: LocalProcess | None = None
     agents: dict[str, LocalAgent] = field(default_factory=dict)  # by name
     status: dict[str, Any] = field(default_factory=dict)
-    problem: str = ""  # why the manifest's newest version is not followed
+    problem: str = ""  # why the newest version of the manifest is not used
     _token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     _stamp: int = 0
     _listed: str = ""
@@ -113,7 +113,7 @@ class LocalRuntime:
         check_runs_here(self.service, self.machine)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until ``stop``; then everything is ended in order and nothing is left."""
+        """Run until ``stop`` is set; then end the gateway and all agents, in this order."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._queue = WorkQueue()
         self._fleet = Fleet(self._queue)
@@ -157,7 +157,7 @@ class LocalRuntime:
     # ── The manifest ──────────────────────────────────────────────────────────────────────────────
 
     def _read_again(self) -> None:
-        """Follow the file. What cannot run is said, and the last version that can goes on."""
+        """Read the manifest again if it has changed. If it cannot run, report that and keep the last one."""
         try:
             stamp = self.manifest.stat().st_mtime_ns
         except OSError:
@@ -178,7 +178,7 @@ class LocalRuntime:
         spec, before = service.spec, self.service.spec
         assert spec is not None and before is not None
         if spec.autoscaling is not None and "replicas" not in spec.model_fields_set:
-            service = _with_replicas(service, before.replicas)  # an apply would leave it alone, too
+            service = _with_replicas(service, before.replicas)  # it is not in the file: an apply keeps it too
         self.service = service
 
     # ── One round ─────────────────────────────────────────────────────────────────────────────────
@@ -232,7 +232,7 @@ class LocalRuntime:
         assert spec is not None
         free = self._free_gpus()
         if spec.device == "cuda" and len(free) < spec.tensor_parallel:
-            return  # a surge beyond the machine's GPUs waits until an agent has gone
+            return  # a surge beyond the machine's GPUs waits until an agent has ended
         if name in self.agents:
             return
         gpus = free[: spec.tensor_parallel] if spec.device == "cuda" else ()
@@ -250,7 +250,7 @@ class LocalRuntime:
         return tuple(gpu for gpu in self.machine.gpus if gpu not in taken)
 
     def _environment(self, name: str, revision: str, gpus: tuple[int, ...]) -> dict[str, str]:
-        """This process's, with what the pod's container would get in place of any settings that are in it."""
+        """This process's environment, its BLOCKYARD settings replaced by those of the pod's container."""
         spec = self.service.spec
         assert spec is not None
         container = children.agent_pod(self.service, name, revision, DEFAULTS)["spec"]["containers"][0]
@@ -310,7 +310,7 @@ class LocalRuntime:
         )
 
     def _list_agents(self) -> None:
-        """Tell the gateway where agents are; it asks each of them whether it is ready."""
+        """Write the agents' addresses for the gateway, which asks each of them whether it is ready."""
         listed = json.dumps(
             [
                 {"name": agent.name, "url": agent.process.url}
@@ -323,7 +323,7 @@ class LocalRuntime:
             self._listed = listed
 
     def _write_state(self) -> None:
-        """Let other processes see the service while this one runs."""
+        """Write the state file, from which ``running_services`` reads the service in other processes."""
         pids = {name: agent.process.pid for name, agent in self.agents.items()}
         state = json.dumps({"pid": os.getpid(), "agents": pids, "service": self.resource()})
         if state != self._written:
@@ -333,7 +333,7 @@ class LocalRuntime:
     # ── The end ───────────────────────────────────────────────────────────────────────────────────
 
     async def _end(self) -> None:
-        """The gateway first, so that nothing new comes, then the agents."""
+        """Stop the gateway first, so that no new request arrives, then the agents."""
         spec = self.service.spec
         grace = EXIT_GRACE + (0 if spec is None else spec.drain.timeout_seconds)
         if self.gateway is not None:
@@ -356,7 +356,7 @@ def running_services(runs: Path) -> list[dict[str, Any]]:
         try:
             state = json.loads(file.read_text())
             os.kill(state["pid"], 0)
-        except (OSError, ValueError, KeyError):  # it has just ended, or was killed
+        except (OSError, ValueError, KeyError):  # the runtime has just ended, or was killed
             continue
         found.append(state["service"])
     return found
@@ -369,12 +369,12 @@ def _with_replicas(service: Service, number: int) -> Service:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file that nobody ever sees half-written."""
+    """Replace a file in one step, so that no reader sees it half-written."""
     fresh = file.with_name(f".{file.name}")
     fresh.write_text(text)
     fresh.replace(file)
 
 
 def _is_setting(name: str) -> bool:
-    """Settings of ours in the environment are for commands of their own, not for the manifest's agents."""
+    """Is it one of our settings? They are for commands that the user runs, not for the manifest's agents."""
     return name.startswith("BLOCKYARD_") and name != "BLOCKYARD_CACHE" and name != "BLOCKYARD_CPU_KERNELS"
