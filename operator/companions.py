@@ -1,7 +1,8 @@
-"""Keeps what stands beside a service's agents (Services, gateway, budget, policies) as ``children`` wants it.
+"""Keeps a service's objects other than agents (Services, gateway, budget, policy) as ``children`` has them.
 
-Objects are applied when what is wanted of them changes, when a slow re-list finds them missing or no
-longer as wanted, and never otherwise: what was last found or made is remembered by digest and version.
+An object is applied only when its definition changes, or when a slow re-list finds it missing or changed by
+others. The digest and resourceVersion of what was last found or made are kept, so that a round in which
+nothing differs makes no call.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Name = tuple[str, str, str]  # apiVersion, kind, name
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
-    """An object that exists: its version, and the digest of what it was found to be ("": not as wanted)."""
+    """An object that exists: its version, and the digest of the definition that it meets ("": of none)."""
 
     digest: str
     version: str
@@ -38,7 +39,7 @@ class Companions:
         self._standing: dict[Key, dict[Name, _Standing]] = {}
 
     async def ensure(self, service: Service, wanted: Iterable[Raw], retired: Iterable[Name]) -> None:
-        """Apply what differs, in the given order, and delete what is not wanted any more."""
+        """Apply what differs, in the given order, and delete what is ``retired``."""
         standing = self._standing.setdefault((service.namespace, service.name), {})
         for body in wanted:
             name = name_of(body)
@@ -56,16 +57,16 @@ class Companions:
                 del standing[name]
 
     def _still_there(self, body: Raw) -> bool:
-        """Deployments are watched, so that one that was deleted comes back at once."""
+        """Deployments are watched, so a deleted one is made again at once, not after the next re-list."""
         return kind_of(body) is not DEPLOYMENT or self._cluster.deployments.get(key_of(body)) is not None
 
     def forget(self, key: Key) -> None:
         self._standing.pop(key, None)
 
     async def relist(self, namespaces: Sequence[str], wanted_of: Callable[[Key], Mapping[Name, Raw]]) -> None:
-        """Compare all that is there with ``wanted_of(key)``: bodies by name, {} if the service is not there.
+        """Compare all objects with their definitions, ``wanted_of(key)``: by name, {} if there is no service.
 
-        A kind that the cluster does not have counts as empty.
+        A kind that the cluster does not have, such as ServiceMonitor, counts as empty.
         """
         for kind in COMPANIONS:
             found: dict[Key, dict[Name, _Standing]] = {}
@@ -73,7 +74,7 @@ class Companions:
                 for namespace in namespaces or (None,):
                     async for page in self._kube.pages(kind, namespace, MANAGED):
                         for item in page.items:
-                            # Items of a list do not say what they are.
+                            # Items of a list have no apiVersion and no kind.
                             raw = {**item, "apiVersion": kind.api, "kind": kind.name}
                             found.setdefault(service_of(raw), {})[name_of(raw)] = self._look(raw, wanted_of)
                         await asyncio.sleep(0)
@@ -97,7 +98,10 @@ class Companions:
 
 
 def covers(there: Any, wanted: Any) -> bool:
-    """Is all that is wanted there, whatever else is? Lists agree item by item; empty is as good as absent."""
+    """Does ``there`` have every field of ``wanted``? Further fields do no harm.
+
+    Lists must agree item by item. An empty value counts as absent.
+    """
     if isinstance(wanted, dict):
         there = {} if there is None else there
         return isinstance(there, dict) and all(

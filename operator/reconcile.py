@@ -40,14 +40,14 @@ ROUND_TIMEOUT = 120.0  # seconds for one round
 LOAD_INTERVAL = 30.0  # seconds between two writes of a status in which only load has changed
 RESYNC_SPREAD = 30.0  # seconds over which a re-list's rounds are spread
 RESYNC_RETRY = 5.0
-DRAIN_RETRY = 2.0  # seconds after an agent could not be asked to drain; until the drain's deadline
+DRAIN_RETRY = 2.0  # seconds until a failed POST /drain is repeated; ends with the drain's deadline
 
 # The service that the running task works for; log lines carry it.
 current_service: ContextVar[str] = ContextVar("current_service", default="")
 
 
 class Reconciler:
-    """Brings services to what their specs say, a few at a time."""
+    """Brings services to the state that their specs ask for, a few at a time."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class Reconciler:
         self._clock = clock
         self._companions = Companions(kube, cluster)
         self._tokens: dict[str, str] = {}  # agents' token by uid of the service
-        self._uids: dict[Key, str] = {}  # the services that have been seen
-        self._refused: dict[Key, str] = {}  # what the API server last refused, until a round goes through
+        self._uids: dict[Key, str] = {}  # uid of the service that was last seen under each name
+        self._refused: dict[Key, str] = {}  # the last refusal, until a round succeeds
         self._load_written: dict[Key, float] = {}  # when a status was last written
 
     async def run(self, workers: int, namespaces: Sequence[str], resync_seconds: float) -> None:
@@ -117,7 +117,7 @@ class Reconciler:
         finally:
             self._metrics.reconciles.labels(result).observe(time.perf_counter() - begin)
 
-    # ── Looking anew ──────────────────────────────────────────────────────────────────────────────
+    # ── Re-lists ──────────────────────────────────────────────────────────────────────────────────
 
     async def _resync_often(self, namespaces: Sequence[str], seconds: float) -> None:
         while True:
@@ -173,7 +173,7 @@ class Reconciler:
             problem = error
             if isinstance(error, ApiError) and not isinstance(error, Conflict):
                 self._refused[key] = str(error)
-        except Exception as error:  # noqa: BLE001 -- raised below, after the status has told of it
+        except Exception as error:  # noqa: BLE001 -- raised below, after the status was written
             problem = error
             self._refused[key] = f"internal error of the operator: {error!r}"
         current = self._cluster.services.get(key)
@@ -181,7 +181,7 @@ class Reconciler:
             # The status describes the spec that this round worked on, not one that was written meanwhile.
             observed = self._observe(replace(service, status=current.service.status), revision)
             await self._write_status(key, observed, done)
-            # A scaling that has just failed is tried again with the round, after the queue's pause.
+            # After a failure the queue's back-off decides: a scaling that is due must not shorten it.
             for seconds in (replicas.due(observed), None if problem else autoscale.due(observed)):
                 if seconds is not None:
                     self._queue.add_after(key, max(0.1, seconds))
@@ -248,7 +248,7 @@ class Reconciler:
                 return
         actions = replicas.plan(observed)
         if any(isinstance(action, Create) for action in actions):
-            # A Secret that somebody deleted would keep new agents from starting.
+            # New agents cannot start without the Secret: make it again if somebody has deleted it.
             self._tokens.pop(service.uid, None)
             await self._token(service, make=True)
         for action in actions:
@@ -286,7 +286,7 @@ class Reconciler:
         )
 
     async def _token(self, service: Service, *, make: bool) -> str:
-        """What agents and operator know each other by; empty if there is none and it is not to be made."""
+        """The agents' token, for operator and gateways; empty if there is none and ``make`` is false."""
         if (known := self._tokens.get(service.uid)) is not None:
             return known
         body = children.secret(service, secrets.token_urlsafe(32))
@@ -328,7 +328,7 @@ class Reconciler:
         self._cluster.pods.put(await self._kube.merge(POD, service.namespace, pod.name, patch))
 
     async def _tell(self, service: Service, done: Sequence[Action]) -> None:
-        """One event for each kind of action and reason, however many agents it was."""
+        """Post one event per kind of action and reason, however many agents it concerns."""
         words = {Create: "AgentCreated", Drain: "AgentDraining", Delete: "AgentDeleted"}
         groups: dict[tuple[type[Action], str], list[str]] = {}
         for action in done:
