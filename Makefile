@@ -1,9 +1,9 @@
-# Everything happens in .venv, which is made and filled once, and again when pyproject.toml changes.
+# All targets but gpu use .venv, which is made once and filled again when pyproject.toml changes.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
 GPU_PYTHON ?= python3
-# Test processes: more than there are cores, for much of a test is waiting.
+# Test processes. May be more than there are cores, because tests wait most of the time.
 WORKERS ?= 3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## serve SmolLM2-135M on this machine, ask it something, sho
 	@$(PY) examples/demo.py
 
 test: $(INSTALLED)  ## the whole test suite; ARGS="tests/engine -k name" for a part of it
-	$(PY) -m tests.cluster.binaries || true  # built once; without them the cluster's tests say why they skip
+	$(PY) -m tests.cluster.binaries || true  # built once; without them the cluster's tests are skipped with a reason
 	$(PY) -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) .build/blockyard  ## ruff, strict types, who may import whom
@@ -54,7 +54,7 @@ wheel: $(INSTALLED)  ## dist/*.whl
 clean:  ## remove what was built here (prepared models and kernels stay in the user's cache folder)
 	rm -rf $(VENV) .build build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-# The root folder is the package, whatever its name: tools that import by path find it through this link.
+# The repository's root folder is the package, whatever its name; tools that import by path need this link.
 .build/blockyard:
 	mkdir -p .build && ln -sfn .. $@
 
@@ -62,5 +62,5 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --no-compile --editable '.[dev]'  # compiled when imported, and most of it never is
+	$(PY) -m pip install --no-compile --editable '.[dev]'  # --no-compile: most modules of the dependencies are never imported
 	touch $@

@@ -12,15 +12,15 @@ COPY operator operator
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:${PYTHON}
-# Triton compiles its launchers, and the CPU path its kernels, where they run.
+# g++: Triton compiles its launchers, and the CPU path its kernels, in the running container.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-# [convert]: models from a hub and GGUF files are converted once, where they are first used.
+# [convert]: the first agent that uses a model from a hub or a GGUF file converts it, once.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir "$(echo /wheels/*.whl)[convert]"
-# Prepared models and compiled kernels. Mount a volume there to keep them; everything else is only read.
+# Prepared models and compiled kernels are written here. Mount a volume to keep them; all else is only read.
 ARG CACHE=/cache
 ARG UID=1000
 ENV HOME=${CACHE} BLOCKYARD_CACHE=${CACHE}

@@ -14,11 +14,12 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM python:${PYTHON}
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 COPY docker/operator-requirements.txt /requirements.txt
-# --no-deps: the wheel's own dependencies are the agent's. tests/test_images.py keeps the list complete.
+# --no-deps: the dependencies in the wheel are those of the agent, torch among them. tests/test_images.py checks that
+# operator-requirements.txt is complete.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --compile -r /requirements.txt \
     && pip install --no-cache-dir --compile --no-deps /wheels/*.whl
-# A number, so that runAsNonRoot can be checked.
+# A number, not a name, so that the kubelet can check runAsNonRoot.
 USER 65532:65532
 WORKDIR /
 EXPOSE 8080

@@ -1,4 +1,4 @@
-"""How many agents a service's load asks for: pure functions from what is there to what replicas should be.
+"""Computes how many agents a service's load needs: pure functions from an ``Observed`` to replicas.
 
 An agent can run out of KV blocks and of sequence slots, so the load is counted in both. It is counted in
 absolute numbers: a few long contexts need as many agents as many short requests do, cached blocks need none,
@@ -33,7 +33,7 @@ class Scale:
 
 
 def plan(observed: Observed) -> Scale | None:
-    """What replicas is to be changed to now; None if it is right, or if nothing is to be scaled."""
+    """The change of replicas to make now; None if the number is right or the service is not to be scaled."""
     verdict, spec = _judge(observed), observed.service.spec
     if verdict is None or spec is None or verdict.replicas == spec.replicas:
         return None
@@ -42,7 +42,7 @@ def plan(observed: Observed) -> Scale | None:
 
 
 def state(observed: Observed) -> AutoscalingStatus | None:
-    """What is to be remembered; None if nothing is to be scaled."""
+    """What the status must remember for later rounds; None if the service is not to be scaled."""
     verdict = _judge(observed)
     if verdict is None:
         return None
@@ -51,14 +51,14 @@ def state(observed: Observed) -> AutoscalingStatus | None:
 
 
 def due(observed: Observed) -> float | None:
-    """Seconds until time alone changes the number: until the delay of a scale-in ends; None if none runs."""
+    """Seconds until the delay of a scale-in ends, which changes the number; None if no delay runs."""
     verdict, spec = _judge(observed), observed.service.spec
     if verdict is None or verdict.since is None or spec is None or spec.autoscaling is None:
         return None
     return max(0.0, verdict.since + spec.autoscaling.scale_in_delay_seconds - observed.now)
 
 
-# ── How it is judged ──────────────────────────────────────────────────────────────────────────────────────
+# ── The verdict ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _judge(observed: Observed) -> _Verdict | None:
 
 
 def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple[int, str, str]:
-    """(agents, reason, the numbers) that the load asks for; at least ``replicas`` if a report is missing."""
+    """(agents needed, reason, numbers in words); at least ``replicas`` if an agent's report is missing."""
     serving = [pod for pod in observed.pods if _serves(pod, observed)]
     agents = [
         pod.agent
@@ -113,7 +113,7 @@ def _asked(observed: Observed, scaling: AutoscalingSpec, replicas: int) -> tuple
     requests = running + sum(agent.waiting for agent in agents)
     # A waiting request is taken to be as large as a running one; if none runs, only its slots count.
     needed = Fraction(active * requests, running) if running else Fraction(active)
-    share = Fraction(scaling.target_used_percent, 100 * len(agents))  # what one agent is to carry, of all
+    share = Fraction(scaling.target_used_percent, 100 * len(agents))  # of all, what one agent is to carry
     by_blocks, by_slots = ceil(needed / (blocks * share)), ceil(requests / (slots * share))
     cause = reasons.KV_LOAD if by_blocks >= by_slots else reasons.REQUEST_LOAD
     wanted, reason = _bounded(max(by_blocks, by_slots), cause, scaling)

@@ -55,11 +55,11 @@ class Defaults:
 
 
 def revision(spec: LLMServiceSpec, defaults: Defaults) -> str:
-    """10 hex digits of all that makes agents' pods differ: not replicas, balance, drain, gateway.
+    """A digest (10 hex digits) of all fields that change agents' pods: not replicas, balance, drain, gateway.
 
-    Taken from the spec, not from the pod that is made of it, so that a new operator does not replace all
-    agents because it makes pods a little differently. Fields at their defaults do not count, so that new
-    fields can come.
+    Taken from the spec, not from the pod that is made of it, so that an upgraded operator, which makes pods a
+    little differently, does not replace all agents. Fields at their defaults are left out, so that a new
+    field does not change the digests of existing services.
     """
     facts = spec.model_dump(
         mode="json",
@@ -159,7 +159,7 @@ def owner_reference(service: Service) -> dict[str, Any]:
 
 
 def _settings(service: Service, model: str) -> list[dict[str, Any]]:
-    """The agent's settings; what the spec leaves open is left to the agent."""
+    """The agent's settings, as environment; fields that are unset are left out, for the agent's defaults."""
     spec = _spec(service)
     engine, kv = spec.engine, spec.kv
     settings = {
@@ -282,7 +282,7 @@ def secret_name(service: Service) -> str:
 
 
 def _agents_service(service: Service) -> dict[str, Any]:
-    """Headless: its EndpointSlices are how gateways find agents."""
+    """A headless Service, by whose EndpointSlices gateways find agents."""
     spec = {
         "clusterIP": "None",
         "selector": selector(service),

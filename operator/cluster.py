@@ -1,4 +1,4 @@
-"""What the operator knows of the cluster: copies of the objects it watches, in memory, parsed once.
+"""Mirrors the cluster: copies of the objects that the operator watches, in memory, parsed once.
 
 Three sources write here: kopf's watches, slow re-lists, and the answers to our own writes. Because of the
 answers a round never acts on an outdated copy of what it has just changed itself: a pod that it created is
@@ -69,7 +69,7 @@ class _Entry(Generic[Value]):
 
 
 class Mirror(Generic[Value]):
-    """The objects of one kind. ``parse`` makes of a raw one what is kept: equal values mean no change.
+    """The objects of one kind, as values that ``parse`` makes of raw objects; equal values mean no change.
 
     ``changed(before, after)`` is called for every change; None stands for "not there".
     """
@@ -93,7 +93,7 @@ class Mirror(Generic[Value]):
         return sum(1 for _ in self)
 
     def put(self, raw: Raw) -> None:
-        """The object is, or was at its version, like this."""
+        """Keep this state of the object, unless a newer one is known."""
         self._keep(key_of(raw), int(raw["metadata"]["resourceVersion"]), raw)
 
     def drop(self, raw: Raw) -> None:
@@ -199,7 +199,7 @@ class Gateway:
 
 
 class Cluster:
-    """All mirrors, and pods by service. ``dirty`` is told the key of each service that a change concerns."""
+    """All mirrors, and pods by service. A change calls ``dirty`` with the key of each service it affects."""
 
     def __init__(self, dirty: Callable[[Key], None]) -> None:
         self._dirty = dirty

@@ -1,4 +1,4 @@
-"""Keeps what stands beside a service's agents (Services, gateway, budget, policies) as ``children`` wants it.
+"""Keeps a service's objects other than agents (Services, gateway, budget, policy) as ``children`` has them.
 
 An object is written when what is wanted of it changes, when it is missing, or when somebody else has changed
 it, and never otherwise. For that the metadata of all companions is watched, and what each was last found or
@@ -189,7 +189,7 @@ class Companions:
     ) -> None:
         """Compare all that is there with what ``wanted_of(key)`` wants: the service and bodies by name.
 
-        A kind that the cluster does not have counts as empty.
+        A kind that the cluster does not have, such as ServiceMonitor, counts as empty.
         """
         for kind in COMPANIONS:
             found: dict[Key, dict[Name, _Standing]] = {}
@@ -197,7 +197,7 @@ class Companions:
                 for namespace in namespaces or (None,):
                     async for page in self._kube.pages(kind, namespace, MANAGED):
                         for item in page.items:
-                            # Items of a list do not say what they are.
+                            # Items of a list have no apiVersion and no kind.
                             raw = {**item, "apiVersion": kind.api, "kind": kind.name}
                             key = service_of(raw)
                             if (standing := self._look(key, raw, wanted_of)) is not None:

@@ -1,8 +1,8 @@
-"""crds/*.yaml and, in words, docs/reference.md from api.py: ``python -m blockyard.operator.crds``.
+"""Generates crds/*.yaml and docs/reference.md from operator/api/: ``python -m blockyard.operator.crds``.
 
-Kubernetes wants structural schemas: no references, no alternatives with null, a type for everything. Objects
-that may be left out get their defaults written out, because CEL rules are checked against the default as it
-stands. A status gets no defaults at all, so that what the operator writes is what is read back.
+Kubernetes requires structural schemas: no references, no alternatives with null, a type for every value. The
+default of an optional object spells out the defaults of its fields, because the API server checks CEL rules
+against that default literally. A status has no defaults, so that the operator reads back what it wrote.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def kvmoves() -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 -- equal parts are written out, not referred to
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 -- equal parts are written out each time
         return True
 
 

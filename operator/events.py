@@ -1,4 +1,4 @@
-"""Kubernetes Events of LLMServices: few, and one object for what happens again and again.
+"""Posts the Kubernetes Events of LLMServices: few, and only one object for a repeated event.
 
 An Event's name is a digest of its text, so a repetition increases the count of the Event that is there, also
 after a restart of the operator. Each service may post a burst and then one a minute; more are dropped,
@@ -21,7 +21,7 @@ from .observed import Service, stamp
 log = logging.getLogger("blockyard.operator.events")
 
 BURST = 20  # events of one service at once
-REFILL = 60.0  # seconds for another one
+REFILL = 60.0  # seconds until the service may post one more
 REPEAT = 300.0  # seconds in which the same event is not posted again
 KEEP = 10_000  # posted events that are remembered
 LONGEST_MESSAGE = 1024

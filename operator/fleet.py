@@ -40,7 +40,7 @@ CONNECTING = 64  # agents that are connected to at once
 LOAD_DELAY = 30.0  # seconds after which a change of load alone marks the service
 SCALED_DELAY = 3.0  # the same for services that are scaled by their load
 SCALED_ROUNDS = 200.0  # rounds a second that load may cause in all services that are scaled by it
-LOAD_STEP = 5  # percent of the pool
+LOAD_STEP = 5  # percent of the pool by which blocks must change to count as a change of load
 LARGEST_ANSWER = 1 << 20
 
 
@@ -79,7 +79,7 @@ class Fleet:
         self._agents: dict[str, _Agent] = {}  # by uid of the pod
         self._of: dict[Key, set[str]] = {}  # uids by service
         self._connecting = asyncio.Semaphore(CONNECTING)
-        # Pods are reached by their IP, never through a proxy; one connection each, since a poll holds it.
+        # Pods are reached by their IP, never through a proxy. A poll occupies a connection: no total limit.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=4, keepalive_timeout=2 * WAIT),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -253,7 +253,7 @@ class Fleet:
 
 
 async def _status(response: aiohttp.ClientResponse) -> AgentStatus:
-    """The status in an answer; ValueError if it is none."""
+    """The status in an answer; ValueError if it has none."""
     body = await response.content.read(LARGEST_ANSWER)
     while chunk := await response.content.read(LARGEST_ANSWER):
         body += chunk

@@ -1,22 +1,21 @@
-"""The Kubernetes API, as much of it as the operator needs: raw dicts in and out, every call bounded.
+"""A client of the Kubernetes API, as much as the operator needs: raw dicts in and out, every call bounded.
 
-This stands on the official client's asyncio side for what is long and dull in it (in-cluster and
-kubeconfig credentials, exec plugins, TLS, proxies) and leaves its models alone: they refuse fields they do
-not know, and a custom resource is not among them anyway. Measured: importing it beside kopf costs 0.1 s
-and 1 MB (60 MB against 59 MB; kopf and aiohttp are the rest), so there was nothing to gain from a client
-of our own.
+It uses the asyncio side of the official client for credentials (in-cluster, kubeconfig, exec plugins), TLS
+and proxies, but not the official models: they refuse unknown fields, and there is none for a custom resource.
+Measured: importing that client beside kopf costs 0.1 s and 1 MB (60 MB against 59 MB; kopf and aiohttp are
+the rest), so a client of our own would save nothing.
 
-What this adds: timeouts, bounded retries of what may be repeated, a bound on concurrent calls, one
+This file adds timeouts, bounded retries of calls that may be repeated, a bound on concurrent calls, one
 exception tree, and server-side apply. A write either names the object (create, apply) or carries a
-precondition (uid or resourceVersion), so repeating it after an answer was lost does no harm.
+precondition (uid or resourceVersion), so repeating it after its answer was lost does no harm.
 
     KubeError
-    ├── NotLeading       a write was refused here: another operator may act by now
-    ├── Unreachable      nobody answered, or not in time, after all attempts
-    └── ApiError         the API server said no, with its own words
+    ├── NotLeading       this process must not write: another operator may act by now
+    ├── Unreachable      no answer in time, after all attempts
+    └── ApiError         the API server refused the call; the message is its own
         ├── NotFound     404, also for a kind that the cluster does not have
         ├── Conflict     409: exists already, or a precondition does not hold
-        ├── Gone         410: the list that is being read in pages is too old
+        ├── Gone         410: the snapshot of a list that is read in pages has expired
         ├── Forbidden    401 and 403
         └── Invalid      422: the object is refused, or the test of a JSON patch failed
 """
@@ -131,7 +130,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some objects of a list, and the version of the moment of which all its pages tell."""
+    """One page of a list, and the resourceVersion of the snapshot that all pages of that list show."""
 
     items: list[Raw]
     version: int
@@ -161,7 +160,7 @@ NETWORK_POLICY = Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"
 SERVICE_MONITOR = Kind("monitoring.coreos.com/v1", "ServiceMonitor", "servicemonitors")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 
-# What an LLMService's companions may be. Roles come before their bindings, as they are applied in this order.
+# The kinds that an LLMService's companions may have, in the order in which a re-list reads them.
 COMPANIONS = (
     SERVICE_ACCOUNT,
     ROLE,
@@ -219,7 +218,7 @@ async def load_credentials(settings: OperatorSettings) -> Configuration:
 
 
 def _from_serviceaccount(folder: Path) -> Configuration:
-    """The pod's; its token is read again every minute, since the kubelet renews it."""
+    """The pod's credentials; the token's file is read again every minute, since the kubelet renews it."""
     found = Configuration()
     token, ca = str(folder / "token"), str(folder / "ca.crt")
     loader = InClusterConfigLoader(token, ca)  # type: ignore[no-untyped-call]  # no types in the client
@@ -234,7 +233,7 @@ async def _from_kubeconfig(path: str | None) -> Configuration:
 
 
 class Kube:
-    """A client with one connection pool. ``count(verb, kind, code)`` is told of every finished attempt."""
+    """A client with one connection pool. ``count(verb, kind, code)`` is called after every attempt."""
 
     def __init__(
         self,
@@ -364,7 +363,7 @@ class Kube:
         )
 
     async def merge(self, kind: Kind, namespace: str, name: str, patch: Raw) -> Raw:
-        """Merge patch. With metadata.uid or resourceVersion in it, Conflict if they are others by now."""
+        """Merge patch. Conflict if it has a metadata.uid or resourceVersion that the object no longer has."""
         return await self._call(
             "patch",
             kind,
@@ -376,7 +375,7 @@ class Kube:
         )
 
     async def set_status(self, kind: Kind, namespace: str, name: str, uid: str, status: Raw) -> Raw:
-        """Replace the whole status of the object with this uid. Invalid if it is another one by now."""
+        """Replace the whole status of an object. Invalid if that name belongs to another uid by now."""
         return await self._call(
             "patch",
             kind,

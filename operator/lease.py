@@ -1,8 +1,8 @@
 """One operator acts at a time: a guard over a coordination.k8s.io/v1 Lease.
 
-The rules are client-go's leader election, which kopf does not have: times in the Lease are for people;
-each contender measures, on its own monotonic clock, how long it has seen the Lease unchanged, so clocks
-need not agree. A contender takes over after 15 s without change; the holder stops acting 10 s after it
+The rules are those of client-go's leader election, which kopf does not have. The times in the Lease are only
+for people: each contender measures on its own monotonic clock how long it has seen the Lease unchanged, so
+clocks need not agree. A contender takes over after 15 s without change; the holder stops acting 10 s after it
 *sent* its last successful renewal. The 5 s between are for requests on their way; both bounds count from
 before the write was sent, so an answer that comes late makes the holder stop earlier, never later.
 """
@@ -56,7 +56,7 @@ class Lease:
         self._seen: tuple[str, str] = (
             "",
             "",
-        )  # holder and version when the Lease last changed before our eyes
+        )  # holder and version in the last change of the Lease that we saw
         self._seen_at = clock()
         self.attempted_at = clock()
 
@@ -71,7 +71,7 @@ class Lease:
         return self._until - self._clock()
 
     async def attempt(self) -> bool:
-        """Take or renew the Lease if that can be done: ``held`` afterwards. Nothing is raised."""
+        """Take or renew the Lease if possible; returns ``held``. A KubeError is logged, not raised."""
         sent = self._clock()
         # A call of the holder must not last longer than its right to act.
         limit = min(CALL_TIMEOUT, self.remaining) if self.held else CALL_TIMEOUT
@@ -147,7 +147,7 @@ class Lease:
     async def lead(self, work: Callable[[], Awaitable[None]]) -> None:
         """For ever: wait for the Lease, run ``work`` while it is held, cancel it in time if it is lost.
 
-        What ``work`` raises comes out; the Lease is released however this ends.
+        Exceptions from ``work`` are raised; the Lease is released in any case.
         """
         try:
             while True:

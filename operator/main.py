@@ -1,4 +1,4 @@
-"""The operator's process: ``python -m blockyard.operator.main``, set by ``BLOCKYARD_OPERATOR_*``.
+"""The operator's process: ``python -m blockyard.operator.main``, configured by ``BLOCKYARD_OPERATOR_*``.
 
 kopf is used for watching only: its low-level event handlers feed the mirrors of ``cluster``. No other
 handlers are registered, so that kopf writes no annotations, finalizers or events. The work is done by tasks
@@ -144,7 +144,7 @@ class Operator:
 
 
 def registry_of(operator: Operator) -> kopf.OperatorRegistry:
-    """All that kopf is told to do."""
+    """All handlers that kopf runs."""
     registry = kopf.OperatorRegistry()
     cluster = operator.cluster
 
@@ -158,7 +158,7 @@ def registry_of(operator: Operator) -> kopf.OperatorRegistry:
 
     @kopf.on.login(registry=registry)
     async def login(**_: Any) -> kopf.ConnectionInfo:
-        """The client's own credentials; asked for again whenever the API server says 401."""
+        """The credentials of our own client; kopf calls this again after each 401."""
         credentials = operator.kube.credentials
         scheme, _space, token = (await operator.kube.authorization() or "").partition(" ")
         return kopf.ConnectionInfo(

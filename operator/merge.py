@@ -1,6 +1,6 @@
 """Strategic merge of a partial PodSpec into a whole one, by the rules of ``kubectl patch``.
 
-Maps are merged, null takes a field away, lists are replaced, except for those that Kubernetes merges by a
+Maps are merged, null removes a field, lists are replaced, except for those that Kubernetes merges by a
 key. Directives: ``$patch: delete`` and ``$patch: replace`` in a map or in an entry of a merged list (an entry
 that holds nothing else than ``$patch: replace`` replaces the list), ``$retainKeys`` with the fields to keep.
 """
@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any
 
 # List -> the key of its entries and the merged lists inside them; as patchMergeKey in k8s.io/api/core/v1.
-# Lists that are not here are atomic, tolerations too.
+# Lists that are not named here are replaced as a whole, tolerations too.
 _Lists = Mapping[str, tuple[str, "_Lists"]]
 _CONTAINER: _Lists = {
     "env": ("name", {}),

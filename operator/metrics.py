@@ -13,7 +13,7 @@ _READS = ("get", "list")
 
 
 class _Now(Collector):
-    """Gauges that are read when somebody scrapes."""
+    """Gauges whose values are read at each scrape."""
 
     def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]]) -> None:
         self._gauges = gauges
@@ -63,7 +63,7 @@ class Metrics:
             self._writes.labels(kind).inc()
 
     def watch(self, gauges: dict[str, tuple[str, Callable[[], float]]]) -> None:
-        """Gauges by name: what they are, and where their value is read."""
+        """Register gauges: by name, the help text and the function that reads the value."""
         self.registry.register(_Now(gauges))
 
     def render(self) -> bytes:

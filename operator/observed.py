@@ -1,4 +1,4 @@
-"""What is there: the cluster's objects and the agents' reports as plain values, the input of every decision.
+"""The cluster's objects and the agents' reports as plain values, which are the input of every decision.
 
 The API server's raw dictionaries are read here and nowhere else, and reading never fails: a field that cannot
 be read ends up in ``Service.problem`` or keeps its default. Times are seconds since the epoch.
@@ -42,7 +42,7 @@ AgentPhase = Literal[
 
 
 def seconds(stamp: object) -> float | None:
-    """An RFC 3339 time as seconds since the epoch; None if it is none."""
+    """An RFC 3339 time as seconds since the epoch; None if it is not one."""
     if not isinstance(stamp, str):
         return None
     try:
@@ -59,7 +59,7 @@ def stamp(time: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """An LLMService. ``spec`` is None, and ``problem`` says why, if it cannot be read."""
+    """An LLMService. If its spec cannot be read, ``spec`` is None and ``problem`` says why."""
 
     name: str
     namespace: str
@@ -142,7 +142,7 @@ class Pod:
     """A pod with an agent.
 
     ``running`` is the state of the container ``agent``, ``problem`` a CamelCase reason why the pod does not
-    get on (UNSCHEDULABLE, FAILED, or the kubelet's, such as ImagePullBackOff and CrashLoopBackOff) with
+    become ready (UNSCHEDULABLE, FAILED, or the kubelet's, such as ImagePullBackOff and CrashLoopBackOff) with
     ``message`` in the cluster's own words. ``scheduled`` is when the pod was bound to ``node``.
     """
 
@@ -215,7 +215,7 @@ class Pod:
 
     @property
     def started(self) -> bool:
-        """There is, or may be, an agent in it that has work: its container runs, or it answers."""
+        """An agent runs in it and may have work: its container runs, or the agent answers."""
         return not self.finished and (self.running or self.agent is not None)
 
     @property

@@ -14,8 +14,8 @@ AGENT_LEAVING = "AgentLeaving"  # it drains or terminates, and not because of a 
 SERVICE_DELETED = "ServiceDeleted"
 
 # Why the number of agents is changed.
-KV_LOAD = "KVLoad"  # the blocks of running and waiting requests ask for it
-REQUEST_LOAD = "RequestLoad"  # the sequence slots that they need do
+KV_LOAD = "KVLoad"  # by the KV blocks that running and waiting requests need
+REQUEST_LOAD = "RequestLoad"  # by the sequence slots that they need
 MIN_REPLICAS = "MinReplicas"
 MAX_REPLICAS = "MaxReplicas"
 

@@ -62,7 +62,7 @@ current_service: ContextVar[str] = ContextVar("current_service", default="")
 
 
 class Reconciler:
-    """Brings services to what their specs say, a few at a time."""
+    """Brings services to the state that their specs ask for, a few at a time."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Reconciler:
         finally:
             self._metrics.reconciles.labels(result).observe(time.perf_counter() - begin)
 
-    # ── Looking anew ──────────────────────────────────────────────────────────────────────────────
+    # ── Re-lists ──────────────────────────────────────────────────────────────────────────────────
 
     async def _resync_often(self, namespaces: Sequence[str], seconds: float) -> None:
         while True:
@@ -210,7 +210,7 @@ class Reconciler:
             problem = error
             if isinstance(error, ApiError) and not isinstance(error, Conflict):
                 self._refused[key] = str(error)
-        except Exception as error:  # noqa: BLE001 -- raised below, after the status has told of it
+        except Exception as error:  # noqa: BLE001 -- raised below, after the status was written
             problem = error
             self._refused[key] = f"internal error of the operator: {error!r}"
         current = self._cluster.services.get(key)
@@ -219,7 +219,7 @@ class Reconciler:
             missing = () if service.deleting else self._companions.missing(service, wanted)
             observed = self._observe(replace(service, status=current.service.status), revision, missing)
             await self._write_status(key, observed, done)
-            # A scaling that has just failed is tried again with the round, after the queue's pause.
+            # After a failure the queue's back-off decides: a scaling that is due must not shorten it.
             for seconds in (replicas.due(observed), None if problem else autoscale.due(observed)):
                 if seconds is not None:
                     self._queue.add_after(key, max(0.1, seconds))
@@ -410,7 +410,7 @@ class Reconciler:
         self._cluster.pods.put(await self._kube.merge(POD, service.namespace, pod.name, patch))
 
     async def _tell(self, service: Service, done: Sequence[Action]) -> None:
-        """One event for each kind of action and reason, however many agents it was."""
+        """Post one event per kind of action and reason, however many agents it concerns."""
         words = {Create: "AgentCreated", Drain: "AgentDraining", Delete: "AgentDeleted"}
         groups: dict[tuple[type[Action], str], list[str]] = {}
         for action in done:

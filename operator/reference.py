@@ -1,7 +1,7 @@
-"""docs/reference.md: the CRDs as tables, from the same schemas that the API server gets.
+"""Renders docs/reference.md: the CRDs as tables, from the same schemas that the API server gets.
 
-One table per object, in the order of the models, so that what belongs together is seen together. What the
-operator alone writes needs no limits, so a status has none; a column in which nothing stands is left out.
+One table per object, with the fields in the order of the models, so that related fields stand together. The
+tables of a status show no limits, because only the operator writes a status. An empty column is left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _resource(definition: Schema) -> Iterator[str]:
 
 
 def _object(title: str, schema: Schema) -> Iterator[str]:
-    """The section of an object, and then those of the objects in it. The title is a kind and a path."""
+    """The section of an object, then those of the objects inside it. ``title``: a kind and a field's path."""
     titles = {
         name: f"{title}.{name}" + "[]" * ("items" in each) for name, each in schema["properties"].items()
     }
@@ -76,8 +76,8 @@ def _has_section(field: Schema) -> bool:
 def _field(title: str, field: Schema, *, required: bool) -> dict[str, str]:
     name, default = f"`{title.partition(' ')[2]}`", field.get("default")
     if _has_section(field):
-        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")  # as GitHub makes it of a heading
-        name, default = f"[{name}](#{anchor})", None  # the defaults of its fields stand there
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")  # GitHub's anchor of that heading
+        name, default = f"[{name}](#{anchor})", None  # its section lists the defaults
     limits = [*(["required"] if required else []), *_limits(field)]
     return {
         "Field": name,
@@ -111,7 +111,7 @@ def _limits(field: Schema) -> Iterator[str]:
 
 
 def _rules(schema: Schema, path: str) -> Iterator[str]:
-    """What the API server says of an object or a field that breaks a rule."""
+    """The messages with which the API server refuses an object or a field that breaks a rule, as a list."""
     found = [(rule.get("fieldPath"), rule) for rule in schema.get("x-kubernetes-validations", ())]
     for name, field in schema["properties"].items():
         if not _has_section(field):

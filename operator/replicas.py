@@ -1,19 +1,20 @@
-"""Which agents come and which go: one pure function from what is there to what is done next.
+"""Decides which agents are created and which are removed: a pure function from ``Observed`` to actions.
 
 Level-triggered: everything that a decision needs is in ``Observed`` (a drain that has begun is in the pod's
-annotations, the back-off after failures in the status' decisions), so that the operator may be killed between
-any two steps, and may see the same state twice. Applying one plan twice changes nothing: new pods have names
-that follow from the service, the revision and a free slot, so that a second creation meets the first pod.
+annotations, the back-off after failures in the status' decisions), so the operator may be killed between any
+two steps, and may see the same state twice. Plans are idempotent: the name of a new pod is derived from the
+service, the revision and a free slot, so creating it a second time finds the first pod.
 
-Pods are of these kinds, and each pod of one:
+Each pod is of one of these kinds:
 
     gone      terminating, lost with its node, or failed: no part of the service any more
     leaving   drains, or is drained
-    bad       stays until it is replaced: of an old revision, or on a node that is to be left
+    bad       serves until it is replaced: of an old revision, or on a node that it must leave
     good      of the newest revision, on a node that may be used
 
-New good ones are made while good ones are missing and there is room: replicas and maxSurge count good and bad
-together. Bad ones, and good ones in excess, are drained as far as replicas less maxUnavailable stay ready.
+Good pods are created while fewer than replicas are good, and while good and bad pods together are fewer than
+replicas plus maxSurge. Bad pods, and good pods in excess of replicas, are drained, as long as replicas minus
+maxUnavailable pods stay ready.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def plan(observed: Observed) -> list[Action]:
 
 
 def due(observed: Observed) -> float | None:
-    """Seconds until time alone changes the plan (a deadline, the end of a back-off); None if never."""
+    """Seconds until the plan changes without an event (a deadline, the end of a back-off); None if never."""
     this_round = _Round(observed)
     this_round.actions()
     return min((time - observed.now for time in this_round.times if time > observed.now), default=None)
@@ -108,7 +109,7 @@ def gone(pod: Pod, observed: Observed) -> bool:
 
 
 def misplaced(pod: Pod, observed: Observed) -> tuple[str, str]:
-    """(reason, words) if a pod must leave its node, though its agent may work there; else ("", "")."""
+    """(reason, words) if a pod must leave its node, although its agent may still serve; else ("", "")."""
     node = observed.nodes.get(pod.node)
     since, word = _node_trouble(pod, observed)
     if since is not None and observed.now >= since:
@@ -192,7 +193,7 @@ class _Round:
         by_worth = sorted(staying, key=self._worth)
         return [*actions, *self._create(by_worth, bad, ended + going, waiting), *self._remove(by_worth, bad)]
 
-    # ── Those that are no more ────────────────────────────────────────────────────────────────────
+    # ── Pods that have ended ──────────────────────────────────────────────────────────────────────
 
     def _bury(self, pod: Pod, *, wait: bool) -> list[Action]:
         """Delete pods that do not disappear by themselves."""
@@ -229,7 +230,7 @@ class _Round:
                 if time is not None and self.observed.now - time < BACKOFF_MEMORY:
                     yield time
 
-    # ── Those that go ─────────────────────────────────────────────────────────────────────────────
+    # ── Draining ──────────────────────────────────────────────────────────────────────────────────
 
     def _send_off(self, pod: Pod, reason: str, message: str) -> Action:
         """The first step of a removal: a drain if the agent may have work, deletion if no agent runs in the
@@ -265,7 +266,7 @@ class _Round:
             return []
         return [Release(pod), Delete(pod, reason, end)]
 
-    # ── Those that come, and those that are too many ──────────────────────────────────────────────
+    # ── Creation and removal ──────────────────────────────────────────────────────────────────────
 
     def _create(
         self, staying: list[Pod], bad: Mapping[str, tuple[str, str]], left: list[Pod], waiting: int

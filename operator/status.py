@@ -1,4 +1,4 @@
-"""The status of an LLMService, computed from what is there, in this one place.
+"""Computes the status of an LLMService from an ``Observed``; no other file does.
 
 Conditions: Ready tells whether requests are served as the spec asks, Progressing whether something is being
 changed, Degraded whether a person should look, Balanced whether no agent is short of blocks while another one

@@ -28,7 +28,7 @@ Found = tuple[list[Raw], list[Raw]]  # LLMServices, KVMoves
 
 
 def runs_folder() -> Path:
-    """Where local runtimes keep their logs and what they are doing."""
+    """The folder in which each local runtime keeps its logs and its state file."""
     return cache_folder() / "run"
 
 
@@ -100,7 +100,7 @@ def _screen(title: str) -> Iterator[Callable[[Raw], None]]:
 
 @contextlib.asynccontextmanager
 async def _cluster(namespace: str | None) -> AsyncIterator[Callable[[], Awaitable[Found]]]:
-    """What asks a cluster for its LLMServices and KVMoves; asking raises KubeError where that fails."""
+    """A function that reads the LLMServices and KVMoves of a cluster; it raises KubeError if that fails."""
     from .kube import KV_MOVE, LLM_SERVICE, Kube, load_credentials
     from .settings import OperatorSettings
 
@@ -133,7 +133,7 @@ def _has_cluster() -> bool:
 async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
     """Print all services once, or keep showing them until Ctrl-C.
 
-    ``here``: only those of this machine. A cluster that is configured and cannot be asked is an error.
+    ``here``: only those of this machine. KubeError if a cluster is configured but cannot be read at first.
     """
     from .kube import KubeError
 

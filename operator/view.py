@@ -60,7 +60,7 @@ def _service(raw: Raw, moves: Sequence[Raw]) -> list[RenderableType]:
 
 
 def _rows(rows: Iterable[Sequence[str | Text]]) -> RenderableType:
-    """Rows of equal length. The last cell of each has the room that is left."""
+    """Rows of equal length, in cells. The last cell of each takes the rest of the line."""
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(*row)

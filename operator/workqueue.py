@@ -1,9 +1,8 @@
-"""Which services are to be reconciled next: keys that coalesce, never two workers on one key, back-off on
-errors.
+"""The queue of services to reconcile: equal keys coalesce, one worker per key, back-off after errors.
 
-The design is client-go's work queue: a key added while it waits is one key; added while it is worked on,
-it comes back when that ends. So a burst of events costs one or two rounds, and a slow service blocks only
-itself.
+The design is client-go's work queue: a key that is added while it waits stays one key; a key that is added
+while a worker has it is queued again when the worker is done. So a burst of events costs one or two rounds,
+and a slow service delays only itself.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ class WorkQueue:
         return self._clock() - min(times) if times else 0.0
 
     def close(self) -> None:
-        """Forget everything; no timer is left."""
+        """Forget all keys but those in a worker's hands, and cancel all timers."""
         for timer in self._later.values():
             timer.cancel()
         self._later.clear()

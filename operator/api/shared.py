@@ -1,9 +1,9 @@
 """What all custom resources share: the group, quantities, and rules that CEL and Python check alike.
 
-Descriptions and docstrings are what ``kubectl explain`` shows. A rule that one object alone can decide stands
-in ``RULES`` twice: as CEL, by which the API server refuses what cannot work, and as Python, by which the
-local runtime and an operator behind older CRDs refuse the same. What needs the cluster to be judged becomes a
-condition. No floats: shares are whole percentages, sizes are quantities.
+Descriptions and docstrings are what ``kubectl explain`` shows. A rule that can be checked on one object alone
+is in ``RULES`` twice: as CEL, with which the API server refuses an invalid object, and as Python, with which
+the local runtime, and an operator in a cluster with older CRDs, refuse the same object. A rule that needs the
+state of the cluster becomes a condition. No floats: shares are whole percentages, sizes are quantities.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUP = "serving.blockyard.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 
-LONGEST_NAME = 50  # of an LLMService: its children's names add up to 9 characters, and 63 is the limit
+LONGEST_NAME = 50  # of an LLMService: names of its objects are up to 9 characters longer, and may have 63
 INT32 = 2**31 - 1
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -49,7 +49,7 @@ def bytes_of(quantity: str) -> int:
 
 
 def quantity(size: int) -> str:
-    """Bytes as a Quantity for people: two or more digits of the largest binary unit."""
+    """Bytes as a Quantity for people: rounded down to the largest binary unit that leaves two digits."""
     for unit in ("Ti", "Gi", "Mi", "Ki"):
         if size >= 10 * _UNITS[unit]:
             return f"{size // _UNITS[unit]}{unit}"
@@ -57,7 +57,7 @@ def quantity(size: int) -> str:
 
 
 class Rule(NamedTuple):
-    """What must hold of an object: in CEL and in Python, what is said if it does not, and of which field."""
+    """A condition on an object in CEL and in Python, the error message, and the field that it names."""
 
     cel: str
     holds: Callable[[Any], bool]
@@ -69,12 +69,12 @@ class Rule(NamedTuple):
 
 
 def immutable(what: str, allowed: str = "self == oldSelf") -> JsonSchemaValue:
-    """A rule over two versions of a field, which the API server alone can check."""
+    """A rule on the old and the new value of a field, which only the API server can check."""
     return {"x-kubernetes-validations": [{"rule": allowed, "message": what}]}
 
 
 class Resource(BaseModel):
-    """camelCase outside, snake_case inside; unknown fields are the API server's business (it prunes them)."""
+    """Base of all models: camelCase in manifests, snake_case here. Unknown fields are ignored."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore")
     RULES: ClassVar[tuple[Rule, ...]] = ()

@@ -1,4 +1,4 @@
-"""A manifest as the local runtime takes it: the same LLMService, and what of it cannot run here."""
+"""Reads the manifest of an LLMService for the local runtime, and checks that this machine can run it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Machine:
 
 
 def read(path: Path, generation: int = 1) -> Service:
-    """The one LLMService in a YAML file. ManifestError if it is none, or the API server would refuse it."""
+    """The one LLMService in a YAML file. ManifestError unless there is exactly one, and valid."""
     try:
         documents = [each for each in yaml.safe_load_all(path.read_text()) if each is not None]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -89,7 +89,7 @@ def check_runs_here(service: Service, machine: Machine) -> None:
 
 
 def usable_gpus() -> tuple[int, ...]:
-    """Ids of the GPUs that torch can use; asked in a child, so that torch is not loaded here."""
+    """Ids of the GPUs that torch can use; a child process asks torch, so that it is not loaded here."""
     program = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     try:
         done = subprocess.run(

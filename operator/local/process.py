@@ -31,7 +31,7 @@ def _die_with_parent() -> None:
 
 
 class LocalProcess:
-    """One program that should run until ``stop``. ``url`` is where it says that it listens."""
+    """One program that should run until ``stop``. ``url``: its address, from its output; "" before that."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class LocalProcess:
                 stdout=PIPE,
                 stderr=log,
                 env=dict(self._environment),
-                start_new_session=True,  # Ctrl-C is for the runtime, which ends its processes in order
+                start_new_session=True,  # Ctrl-C goes to the runtime, which stops its processes in order
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
             process = self._process

@@ -1,9 +1,9 @@
 """The local runtime: an LLMService on one machine, without Kubernetes.
 
-The same manifest and the same pure functions as in a cluster (``children`` for what an agent is started with,
-``autoscale`` for how many are wanted, ``replicas`` for which come and go, ``status`` for what is said of it)
-with processes in place of pods. A change of the manifest's file is a change of the resource, rolling update
-included.
+It takes the same manifest and uses the same pure functions as in a cluster (``children`` for an agent's
+settings, ``autoscale`` for the number of agents, ``replicas`` for which are created and removed, ``status``
+for the status), with processes in place of pods. A change of the manifest's file is followed with a rolling
+update of the agents; the gateway keeps the settings that it was started with.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("blockyard.local")
 
 NODE = Node("this-machine")
 DEFAULTS = Defaults(image="local", namespace="local")
-TICK = 1.0  # seconds between rounds in which nothing has happened: for deadlines and for the manifest's file
+TICK = 1.0  # seconds between rounds without an event, which look at deadlines and the manifest
 STATE = "state.json"
 EXIT_GRACE = 10.0  # seconds a process gets beyond its own grace period
 # Settings for containers only; on one machine the agent's own defaults are right.
@@ -58,7 +58,7 @@ class LocalAgent:
     ending: asyncio.Task[None] | None = None
 
     def pod(self, fleet: Fleet) -> Pod:
-        """The pod that it would be in a cluster."""
+        """The agent as the pod that it would be in a cluster."""
         address = urlsplit(self.process.url)
         report = fleet.report(self.uid)
         said = None if report is None or report.error else report.status
@@ -99,7 +99,7 @@ class LocalRuntime:
     gateway: LocalProcess | None = None
     agents: dict[str, LocalAgent] = field(default_factory=dict)  # by name
     status: dict[str, Any] = field(default_factory=dict)
-    problem: str = ""  # why the manifest's newest version is not followed
+    problem: str = ""  # why the newest version of the manifest is not used
     _token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     _stamp: int = 0
     _listed: str = ""
@@ -113,7 +113,7 @@ class LocalRuntime:
         check_runs_here(self.service, self.machine)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until ``stop``; then everything is ended in order and nothing is left."""
+        """Run until ``stop`` is set; then end the gateway and all agents, in this order."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._queue = WorkQueue()
         self._fleet = Fleet(self._queue)
@@ -234,7 +234,7 @@ class LocalRuntime:
         assert spec is not None
         free = self._free_gpus()
         if spec.device == "cuda" and len(free) < spec.tensor_parallel:
-            return  # a surge beyond the machine's GPUs waits until an agent has gone
+            return  # a surge beyond the machine's GPUs waits until an agent has ended
         if name in self.agents:
             return
         gpus = free[: spec.tensor_parallel] if spec.device == "cuda" else ()
@@ -312,7 +312,7 @@ class LocalRuntime:
         )
 
     def _list_agents(self) -> None:
-        """Tell the gateway where agents are; it asks each of them whether it is ready."""
+        """Write the agents' addresses for the gateway, which asks each of them whether it is ready."""
         listed = json.dumps(
             [
                 {"name": agent.name, "url": agent.process.url}
@@ -325,7 +325,7 @@ class LocalRuntime:
             self._listed = listed
 
     def _write_state(self) -> None:
-        """Let other processes see the service while this one runs."""
+        """Write the state file, from which ``running_services`` reads the service in other processes."""
         pids = {name: agent.process.pid for name, agent in self.agents.items()}
         state = json.dumps({"pid": os.getpid(), "agents": pids, "service": self.resource()})
         if state != self._written:
@@ -358,7 +358,7 @@ def running_services(runs: Path) -> list[dict[str, Any]]:
         try:
             state = json.loads(file.read_text())
             os.kill(state["pid"], 0)
-        except (OSError, ValueError, KeyError):  # it has just ended, or was killed
+        except (OSError, ValueError, KeyError):  # the runtime has just ended, or was killed
             continue
         found.append(state["service"])
     return found
@@ -371,7 +371,7 @@ def _with_replicas(service: Service, number: int) -> Service:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file that nobody ever sees half-written."""
+    """Replace a file in one step, so that no reader sees it half-written."""
     fresh = file.with_name(f".{file.name}")
     fresh.write_text(text)
     fresh.replace(file)

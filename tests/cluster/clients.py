@@ -25,7 +25,7 @@ PROMPTS = (
 class Clients:
     """OpenAI's clients in threads of their own, half of their requests streamed, all of them greedy.
 
-    ``addresses`` gives the addresses that the service's Service leads to at the moment: a request goes to any of
+    ``addresses`` returns those that the service's Service leads to at the moment: a request goes to any of
     them. An attempt that comes to no proper end is ``broken`` and is made again, by its own client and not by
     OpenAI's, so that it is seen; a request whose attempts are all broken has ``failed``.
     """

@@ -2,7 +2,7 @@
 {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Name of all objects: the release's, with the chart's name in it. */}}
+{{/* Name of all objects: the release's name and the chart's name, once if the first contains the second. */}}
 {{- define "blockyard.fullname" -}}
 {{- $name := include "blockyard.name" . -}}
 {{- if .Values.fullnameOverride -}}
@@ -22,7 +22,7 @@
 {{- end -}}
 {{- end }}
 
-{{/* Selectors are immutable, so nothing in here may change with a version. */}}
+{{/* Selectors are immutable, so these labels must be the same in every version of the chart. */}}
 {{- define "blockyard.selectorLabels" -}}
 app.kubernetes.io/name: blockyard
 app.kubernetes.io/instance: {{ .Release.Name }}
