@@ -46,7 +46,7 @@ log = logging.getLogger("blockyard.operator.companions")
 Name = tuple[str, str, str]  # apiVersion, kind, name
 
 MEND_PAUSE = 2.0  # seconds between two repairs of one object: another controller may want it otherwise
-WATCH_PAUSE = 2.0  # seconds before a watch that has failed is begun anew
+WATCH_PAUSE, LONGEST_WATCH_PAUSE = 1.0, 60.0  # seconds before a watch that failed is begun anew; doubling
 ABSENT_PAUSE = 300.0  # the same for a kind that the cluster does not have
 
 # What it means that one of these is missing, while the service seems to be well.
@@ -233,22 +233,24 @@ class Companions:
 
     async def watch(self, kind: Kind, namespace: str | None) -> None:
         """Follow the metadata of one kind for ever. What changes or goes makes its service dirty."""
+        pause = WATCH_PAUSE
         while True:
-            pause = WATCH_PAUSE
             try:
                 version = await self._list_metadata(kind, namespace)
                 while True:
                     async for change in self._kube.watch_metadata(kind, namespace, MANAGED, version):
+                        pause = WATCH_PAUSE
                         version = max(version, int(change.object["metadata"]["resourceVersion"]))
                         if "uid" in change.object["metadata"]:  # else it is a bookmark
                             self._told(kind, change.object, deleted=change.deleted)
             except Gone:
                 continue
             except NotFound:  # ServiceMonitors, where there is no Prometheus operator
-                pause = ABSENT_PAUSE
+                await asyncio.sleep(ABSENT_PAUSE)
             except KubeError as error:
                 log.warning("watch of %s failed, again in %g s: %s", kind.plural, pause, error)
-            await asyncio.sleep(pause)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_WATCH_PAUSE)
 
     async def _list_metadata(self, kind: Kind, namespace: str | None) -> int:
         """Compare with all that is there now -> the version from which to watch."""
