@@ -91,9 +91,9 @@ def authorizations(tokens: Tokens) -> list[dict[str, str]]:
 def _read(folder: Path) -> list[str]:
     """The tokens that a folder names, without repetition. SettingsError if there is none."""
     try:
-        found = [(folder / name).read_text().strip() for name in FILES if (folder / name).exists()]
+        found = {name: (folder / name).read_text().strip() for name in FILES if (folder / name).exists()}
     except (OSError, ValueError) as error:
         raise SettingsError(f"the token in token_dir {folder} cannot be read: {error}") from None
-    if not found or not found[0]:
+    if not found.get(FILES[0]):
         raise SettingsError(f"token_dir {folder} has no token: its file {FILES[0]} is missing or empty")
-    return list(dict.fromkeys(filter(None, found)))
+    return list(dict.fromkeys(filter(None, found.values())))

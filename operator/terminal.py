@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,15 @@ from rich.live import Live
 from rich.text import Text
 
 from ..user_cache import cache_folder
-from .local.manifest import Machine, ManifestError, check_runs_here, read, usable_gpus
-from .local.runtime import LocalRuntime, running_services
+from .local.manifest import (
+    Machine,
+    ManifestError,
+    check_names_are_free,
+    check_runs_here,
+    read,
+    usable_gpus,
+)
+from .local.runtime import DEFAULTS, LocalRuntime, running_services
 from .view import overview
 
 REFRESH = 1.0  # seconds
@@ -38,8 +46,15 @@ async def up(manifest: Path, port: int, keys: Path | None) -> int:
     assert service.spec is not None
     machine = Machine(usable_gpus() if service.spec.device == "cuda" else (), keys)
     check_runs_here(service, machine)
+    check_names_are_free(service, running_services(runs_folder()), DEFAULTS)
     folder = runs_folder() / service.name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ManifestError(
+            f"{folder}, where {service.name} would keep its logs, cannot be used: {error}; remove it, change "
+            "metadata.name, or set BLOCKYARD_CACHE to another folder"
+        ) from None
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
@@ -49,6 +64,7 @@ async def up(manifest: Path, port: int, keys: Path | None) -> int:
         ) from None
     stop = asyncio.Event()
     try:
+        _check_port_is_free(port)
         with _screen(f"logs: {folder}") as show:
             runtime = LocalRuntime(manifest, machine, folder, port, show)
             _stop_on_signals(stop, runtime)
@@ -56,6 +72,18 @@ async def up(manifest: Path, port: int, keys: Path | None) -> int:
     finally:
         lock.release()
     return 0
+
+
+def _check_port_is_free(port: int) -> None:
+    """ManifestError if another program listens there: the gateway would fail to start again and again."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ManifestError(
+                f"port {port} of this machine cannot be used: {error.strerror}; give another one with --port"
+            ) from None
 
 
 def _stop_on_signals(stop: asyncio.Event, runtime: LocalRuntime) -> None:

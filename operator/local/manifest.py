@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from .. import children
 from ..api import API_VERSION, LLMServiceSpec
+from ..children import Defaults
 from ..observed import Service
 
 GPU_TIMEOUT = 120.0  # seconds for torch to say how many GPUs there are
@@ -86,6 +89,25 @@ def check_runs_here(service: Service, machine: Machine) -> None:
             f"this machine has {len(machine.gpus)} usable GPUs. Set spec.device: cpu to run on the CPU, or "
             "lower spec.replicas, spec.autoscaling.maxReplicas or spec.tensorParallel"
         )
+
+
+def check_names_are_free(service: Service, others: Iterable[Mapping[str, Any]], defaults: Defaults) -> None:
+    """ManifestError if the service needs an object that another one has: a cluster could not run both.
+
+    ``others``: the other LLMServices of this machine, as resources.
+    """
+    wanted = {(each["kind"], each["metadata"]["name"]) for each in children.companions(service, defaults)}
+    for other in others:
+        found = Service.of({**other, "metadata": {"uid": "", **other["metadata"]}})
+        if found.spec is None or found.name == service.name:
+            continue
+        for body in children.companions(found, defaults):
+            kind, name = body["kind"], body["metadata"]["name"]
+            if (kind, name) in wanted:
+                raise ManifestError(
+                    f"{kind} {name} belongs to LLMService {found.name}, and {service.name} needs that name: "
+                    "give the LLMService another name (metadata.name)"
+                )
 
 
 def usable_gpus() -> tuple[int, ...]:

@@ -20,8 +20,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from blockyard.operator.local.manifest import Machine, ManifestError, check_runs_here, read
-from blockyard.operator.local.runtime import running_services
+from blockyard.cli import main
+from blockyard.operator.local.manifest import (
+    Machine,
+    ManifestError,
+    check_names_are_free,
+    check_runs_here,
+    read,
+)
+from blockyard.operator.local.runtime import DEFAULTS, running_services
 from blockyard.operator.view import overview
 from blockyard.user_cache import cache_folder
 
@@ -256,6 +263,32 @@ def test_nothing_outlives_a_runtime_that_is_killed(up: Up) -> None:
 def test_what_cannot_run_here_says_so(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         check_runs_here(read(written(tmp_path, **changes)), Machine())
+
+
+def test_names_that_a_cluster_could_not_give_twice_are_refused_here_too(tmp_path: Path) -> None:
+    service = read(written(tmp_path))
+    spec = yaml.safe_load(written(tmp_path).read_text())["spec"]
+    other = {"metadata": {"name": "other", "namespace": "local"}, "spec": spec}
+    check_names_are_free(service, [other], DEFAULTS)
+    other["metadata"]["name"] = f"{service.name}-agents"
+    with pytest.raises(ManifestError, match="-agents belongs to LLMService .*-agents.*name"):
+        check_names_are_free(service, [other], DEFAULTS)
+
+
+def test_a_port_or_folder_that_something_else_has_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BLOCKYARD_CACHE", str(tmp_path / "cache"))
+    manifest = str(written(tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["up", manifest, "--port", str(taken.getsockname()[1])]) == 2
+    assert "--port" in capfd.readouterr().err
+    (tmp_path / "cache/run/tiny").rename(tmp_path / "away")
+    (tmp_path / "cache/run/tiny").write_text("no folder")
+    assert main(["up", manifest, "--port", "0"]) == 2
+    assert "BLOCKYARD_CACHE" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
