@@ -271,7 +271,7 @@ def test_names_that_a_cluster_could_not_give_twice_are_refused_here_too(tmp_path
     other = {"metadata": {"name": "other", "namespace": "local"}, "spec": spec}
     check_names_are_free(service, [other], DEFAULTS)
     other["metadata"]["name"] = f"{service.name}-agents"
-    with pytest.raises(ManifestError, match="-agents belongs to LLMService .*-agents.*name"):
+    with pytest.raises(ManifestError, match=r"-agents belongs to LLMService .*-agents.*name"):
         check_names_are_free(service, [other], DEFAULTS)
 
 
