@@ -374,6 +374,7 @@ def _gateway(service: Service, defaults: Defaults) -> dict[str, Any]:
         "SERVICE": service.name,
         "LINGER": LINGER_SECONDS,
         "GRACE_PERIOD": spec.drain.timeout_seconds,
+        "PATIENCE": spec.gateway.hold_seconds,
         "REQUESTS_PER_MINUTE": spec.gateway.limits.requests_per_minute,
         "CONCURRENT_REQUESTS": spec.gateway.limits.concurrent_requests,
         "KEYS_DIR": None if spec.auth is None else "/keys",

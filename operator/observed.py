@@ -143,7 +143,8 @@ class Pod:
 
     ``running`` is the state of the container ``agent``, ``problem`` a CamelCase reason why the pod does not
     become ready (UNSCHEDULABLE, FAILED, or the kubelet's, such as ImagePullBackOff and CrashLoopBackOff) with
-    ``message`` in the cluster's own words. ``scheduled`` is when the pod was bound to ``node``.
+    ``message`` in the cluster's own words. ``scheduled`` is when the pod was bound to ``node``,
+    ``unschedulable_since`` since when the scheduler finds no node for it.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Pod:
     restarts: int = 0
     problem: str = ""
     message: str = ""
+    unschedulable_since: float | None = None
     report: Report | None = None
 
     @classmethod
@@ -195,6 +197,9 @@ class Pod:
             restarts=container.get("restartCount", 0),
             problem=problem,
             message=message,
+            unschedulable_since=(
+                seconds(scheduled.get("lastTransitionTime")) if problem == UNSCHEDULABLE else None
+            ),
             report=report,
         )
 

@@ -32,6 +32,8 @@ from .observed import UNREADABLE_AFTER, Observed, Pod, seconds
 NODE_LAG = 15.0  # seconds after scheduling in which the pod's node may still be unknown here
 NODE_PATIENCE = 60.0  # seconds for which a node may be not ready until its agents count as lost
 REPORT_SECONDS = 10.0  # seconds after the drain's deadline in which an agent may report that it is drained
+# What the scheduler says of a node that lacks nothing but room.
+_SHORT_OF = ("Insufficient ", "Too many pods")
 BACKOFF_FIRST, BACKOFF_LONGEST = 10.0, 300.0  # seconds between replacements of failed pods, doubling
 BACKOFF_MEMORY = 900.0  # seconds after which a failure is forgotten
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own for names: no vowels, so no words
@@ -123,6 +125,29 @@ def outdated(pod: Pod, observed: Observed) -> bool:
     return pod.revision != observed.revision
 
 
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """The scheduler finds no node for a rollout's new agent. ``words`` are its own.
+
+    ``of_resources``: some node lacks only resources, so that the place of an old agent may be what is needed.
+    """
+
+    since: float
+    words: str
+    of_resources: bool
+
+
+def no_room(observed: Observed) -> NoRoom | None:
+    """Why a rollout cannot go on by adding agents; None if it can, or if there is none."""
+    staying = [pod for pod in observed.pods if not (gone(pod, observed) or leaving(pod))]
+    pending = [pod for pod in staying if not outdated(pod, observed) and pod.unschedulable_since is not None]
+    if not pending or not any(outdated(pod, observed) for pod in observed.pods):
+        return None
+    first = min(pending, key=lambda pod: pod.unschedulable_since or 0.0)
+    of_resources = any(words in first.message for words in _SHORT_OF)
+    return NoRoom(first.unschedulable_since or 0.0, first.message, of_resources)
+
+
 def leaving(pod: Pod) -> bool:
     """It drains or is drained, whoever asked for it."""
     asked = pod.draining_since is not None or not pod.undrained
@@ -191,7 +216,9 @@ class _Round:
             return actions + [self._send_off(pod, reasons.SERVICE_DELETED, words) for pod in staying]
         bad = {pod.name: why for pod in staying if (why := self._bad(pod)) is not None}
         by_worth = sorted(staying, key=self._worth)
-        return [*actions, *self._create(by_worth, bad, ended + going, waiting), *self._remove(by_worth, bad)]
+        place = None if going or any(pod.deleting for pod in ended) else self._gives_place(by_worth)
+        created = self._create(by_worth, bad, ended + going, waiting)
+        return [*actions, *created, *self._remove(by_worth, bad, place)]
 
     # ── Pods that have ended ──────────────────────────────────────────────────────────────────────
 
@@ -287,7 +314,24 @@ class _Round:
         names = _free_names(self.observed)
         return [Create(next(names), *cause) for cause in causes[: max(0, min(missing, room))]]
 
-    def _remove(self, staying: list[Pod], bad: Mapping[str, tuple[str, str]]) -> list[Action]:
+    def _gives_place(self, by_worth: list[Pod]) -> Pod | None:
+        """The old agent that must go first, since no node has room for one more; None if none has to.
+
+        One at a time: while another one leaves, or a new agent starts, nobody else gives its place.
+        """
+        spec, room = self.observed.service.spec, no_room(self.observed)
+        if spec is None or room is None or spec.rollout.when_full != "Drain" or not room.of_resources:
+            return None
+        self.times.append(room.since + spec.rollout.patience_seconds)
+        old = [pod for pod in by_worth if outdated(pod, self.observed)]
+        new = [pod for pod in by_worth if not outdated(pod, self.observed)]
+        starts = any(not pod.ready and pod.unschedulable_since is None for pod in new)
+        too_soon = self.observed.now < room.since + spec.rollout.patience_seconds
+        return None if starts or too_soon or not old else old[0]
+
+    def _remove(
+        self, staying: list[Pod], bad: Mapping[str, tuple[str, str]], place: Pod | None
+    ) -> list[Action]:
         spec = self.observed.service.spec
         assert spec is not None, "without a spec nothing is planned"
         good = [pod for pod in staying if pod.name not in bad]
@@ -297,12 +341,15 @@ class _Round:
         spare = sum(pod.ready for pod in staying) - (spec.replicas - spec.rollout.max_unavailable)
         actions: list[Action] = []
         for pod in staying:
-            if pod.name not in causes or (pod.ready and spare <= 0):
+            if pod.name not in causes or (pod.ready and spare <= 0 and pod is not place):
                 continue
-            if works(pod) and spare < 0:  # its pod is not ready at the moment, but its agent serves
+            # Its pod may not be ready at the moment although its agent serves.
+            if works(pod) and spare < 0 and pod is not place:
                 continue
             spare -= pod.ready
             reason, why = causes[pod.name]
+            if pod is place:
+                why = f"{why}; no node has room for one more agent, so this one gives its place"
             actions.append(self._send_off(pod, reason, f"{why} ({_load(pod)})"))
         return actions
 

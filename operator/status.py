@@ -26,6 +26,7 @@ from .replicas import (
     leaving,
     lost,
     misplaced,
+    no_room,
     outdated,
     serving,
     unreadable,
@@ -176,18 +177,42 @@ class _View:
         wanted = self.spec.replicas
         old = [pod for pod in self.staying if outdated(pod, observed)]
         away = [words for pod in self.staying if (words := misplaced(pod, observed)[1])]
-        if old:
-            words = f"{len(self.staying) - len(old)} of {wanted} agents are of revision {observed.revision}"
+        if old or no_room(observed) is not None:
+            new = sum(pod.running and not outdated(pod, observed) for pod in self.staying)
+            words = f"{new} of {wanted} agents run revision {observed.revision}{self._no_room()}"
             return "True", reasons.ROLLING_OUT, self._with_troubles(words)
         if away:
             words = f"agents to be replaced: {len(away)}, since {away[0]}"
             return "True", reasons.REPLACING, self._with_troubles(words)
         if len(self.staying) != wanted or len(self.ready) != wanted:
-            words = f"agents wanted: {wanted}, there: {len(self.staying)}, ready: {len(self.ready)}"
+            running = sum(pod.running for pod in self.staying)
+            words = f"agents wanted: {wanted}, running: {running}, ready: {len(self.ready)}"
             return "True", reasons.SCALING, self._with_troubles(words)
         if self.going:
             return "True", reasons.DRAINING, f"agents that drain: {_names(self.going)}"
         return "False", reasons.STABLE, "all is as it is wanted"
+
+    def _no_room(self) -> str:
+        """What is done, or can be done, while no node has room for a rollout's new agent."""
+        room, spec = no_room(self.observed), self.spec
+        if room is None or spec is None:
+            return ""
+        if not room.of_resources:
+            return "; no node fits a new agent, whatever room there is: look at spec.template"
+        if spec.rollout.when_full == "Wait":
+            return (
+                "; no node has room for one more agent: free a GPU, or set rollout.whenFull to Drain or "
+                "rollout.maxUnavailable to 1"
+            )
+        leaving = [
+            pod for pod in self.observed.pods if outdated(pod, self.observed) and pod not in self.staying
+        ]
+        if leaving:
+            return f"; no node has room for one more agent, so this one gives its place: {_names(leaving)}"
+        return (
+            "; no node has room for one more agent, so old ones are drained and give their places one at a "
+            f"time, each after {spec.rollout.patience_seconds} s (rollout.patienceSeconds)"
+        )
 
     def degraded_verdict(self) -> _Verdict:
         if self.spec is None and not self.observed.service.deleting:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import sys
@@ -51,6 +52,7 @@ class Gateway:
         self.open: set[asyncio.Task[Any]] = set()  # requests being served
         self.drained = asyncio.Event()  # stopping, and nothing is open
         self._cut_off = ""  # why requests are being ended
+        self._had_agents = -math.inf  # when an agent was last ready
         self._keys = None if settings.keys_dir is None else Keys(settings.keys_dir)
         self._tokens = Tokens(settings.token, settings.token_dir)
         self._limits = Limits(settings.requests_per_minute, settings.concurrent_requests)
@@ -99,9 +101,16 @@ class Gateway:
         return web.json_response({"state": "stopping" if self.stopping else "running"})
 
     async def readyz(self, _request: web.Request) -> web.Response:
-        """Ready while at least one agent is, until SIGTERM."""
-        agents = self.fleet.ready()
-        ready = not self.stopping and (agents > 0 or self.settings.ready_without_agents)
+        """Ready while at least one agent is, and as long afterwards as a request would wait for one.
+
+        Otherwise a Service would send clients to no gateway while the only agent is replaced, and they would
+        be refused instead of held.
+        """
+        agents, now = self.fleet.ready(), time.monotonic()
+        if agents:
+            self._had_agents = now
+        holds = now - self._had_agents < self.settings.patience
+        ready = not self.stopping and (agents > 0 or holds or self.settings.ready_without_agents)
         return web.json_response({"ready": ready, "ready_agents": agents}, status=200 if ready else 503)
 
     async def status(self, request: web.Request) -> web.Response:

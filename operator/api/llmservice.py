@@ -273,8 +273,19 @@ class RolloutSpec(Resource):
         default=0,
         ge=0,
         le=1000,
-        description="How many agents fewer than replicas may serve during a rollout. Set 1 if there is no "
-        "spare GPU for one more agent.",
+        description="How many agents fewer than replicas may serve during a rollout.",
+    )
+    when_full: Literal["Drain", "Wait"] = Field(
+        default="Drain",
+        description="What happens if no node has room for a new agent. Drain: old agents are drained and "
+        "give their places, one at a time. Wait: nothing happens until there is room.",
+    )
+    patience_seconds: int = Field(
+        default=60,
+        ge=0,
+        le=86400,
+        description="How long the scheduler must have found no room for a new agent before an old one gives "
+        "its place.",
     )
 
 
@@ -362,6 +373,13 @@ class GatewaySpec(Resource):
         default="ClusterIP", description="Type of the Service that clients use."
     )
     port: int = Field(default=80, ge=1, le=65535, description="Port of the Service that clients use.")
+    hold_seconds: int = Field(
+        default=30,
+        ge=0,
+        le=3600,
+        description="How long a request waits while no agent can take it. With a single agent, set it above "
+        "the time that an agent takes to start, and a rollout refuses no request.",
+    )
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
     template: PodTemplate | None = Field(
         default=None, description="Merged into the gateway's pods (strategic merge, as kubectl patch does)."

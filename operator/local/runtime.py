@@ -25,7 +25,7 @@ from .. import autoscale, children, replicas, status
 from ..autoscale import Scale
 from ..children import Defaults, TemplateError
 from ..fleet import Fleet
-from ..observed import Node, Observed, Pod, Service
+from ..observed import UNSCHEDULABLE, Node, Observed, Pod, Service
 from ..replicas import Action, Create, Delete, Drain, Release
 from ..workqueue import WorkQueue
 from .manifest import Machine, ManifestError, check_runs_here, read
@@ -98,6 +98,7 @@ class LocalRuntime:
     service: Service = field(init=False)
     gateway: LocalProcess | None = None
     agents: dict[str, LocalAgent] = field(default_factory=dict)  # by name
+    unplaced: dict[str, Pod] = field(default_factory=dict)  # by name: agents for which no GPUs are free
     status: dict[str, Any] = field(default_factory=dict)
     problem: str = ""  # why the newest version of the manifest is not used
     _token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -191,7 +192,9 @@ class LocalRuntime:
         for name, agent in list(self.agents.items()):
             if agent.ending is not None and agent.ending.done():
                 del self.agents[name]
+        self._place()
         pods = {agent.uid: agent.pod(self._fleet) for agent in self.agents.values()}
+        pods |= {pod.uid: pod for pod in self.unplaced.values()}
         self._fleet.follow(self._key, pods, (self._token,))
         observed = Observed(
             service=replace(self.service, status=self.status),
@@ -214,6 +217,8 @@ class LocalRuntime:
                     await self._drain(self.agents[action.pod.name], action)
                 case Release():
                     self.agents[action.pod.name].undrained = False
+                case Delete() if action.pod.name in self.unplaced:
+                    del self.unplaced[action.pod.name]
                 case Delete():
                     self._delete(self.agents[action.pod.name], force=action.force)
         found = status.compute(observed, actions, self.status)
@@ -230,12 +235,22 @@ class LocalRuntime:
         self._changed()
 
     def _create(self, name: str, revision: str) -> None:
+        """A process with GPUs of its own; while too few are free, a pod that waits as in a cluster."""
         spec = self.service.spec
         assert spec is not None
         free = self._free_gpus()
         if spec.device == "cuda" and len(free) < spec.tensor_parallel:
-            return  # a surge beyond the machine's GPUs waits until an agent has ended
-        if name in self.agents:
+            now, words = time.time(), f"Insufficient GPUs: {spec.tensor_parallel} wanted, {len(free)} free"
+            self.unplaced[name] = Pod(
+                name,
+                secrets.token_hex(8),
+                revision=revision,
+                created=now,
+                problem=UNSCHEDULABLE,
+                message=words,
+                unschedulable_since=now,
+            )
+            self._changed()
             return
         gpus = free[: spec.tensor_parallel] if spec.device == "cuda" else ()
         try:
@@ -246,6 +261,15 @@ class LocalRuntime:
         command = [sys.executable, "-m", "blockyard.cli", "agent"]
         process = LocalProcess(name, command, environment, self.folder / f"{name}.log", self._changed)
         self.agents[name] = LocalAgent(name, secrets.token_hex(8), revision, process, gpus, time.time())
+
+    def _place(self) -> None:
+        """Start what has waited for GPUs that are free now, as a scheduler would."""
+        spec = self.service.spec
+        assert spec is not None
+        for name, pod in list(self.unplaced.items()):
+            if len(self._free_gpus()) >= spec.tensor_parallel:
+                del self.unplaced[name]
+                self._create(name, pod.revision)
 
     def _free_gpus(self) -> tuple[int, ...]:
         taken = {gpu for agent in self.agents.values() for gpu in agent.gpus}
@@ -297,6 +321,7 @@ class LocalRuntime:
             "AGENTS_FILE": self.folder / "agents.json",
             "TOKEN": self._token,
             "GRACE_PERIOD": spec.drain.timeout_seconds,
+            "PATIENCE": spec.gateway.hold_seconds,
             "REQUESTS_PER_MINUTE": spec.gateway.limits.requests_per_minute,
             "CONCURRENT_REQUESTS": spec.gateway.limits.concurrent_requests,
             "KEYS_DIR": None if spec.auth is None else self.machine.keys,

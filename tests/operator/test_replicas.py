@@ -292,6 +292,70 @@ def test_pods_that_wait_for_their_replacement_do_not_stop_the_rest() -> None:
     assert steps(seen(failed, replicas=3, status=failures(1))) == ["create", "create"]
 
 
+FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
+MISFIT = "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."
+
+
+OLD = agent("b", revision="old")
+
+
+def squeezed(name: str, seconds: float, message: str = FULL) -> Pod:
+    """A new pod for which the scheduler has found no node for so many seconds."""
+    return pending(name, message=message, unschedulable_since=NOW - seconds)
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected"),
+    [
+        (seen(agent("a", revision="old"), squeezed("b", 59)), []),
+        (seen(agent("a", revision="old"), squeezed("b", 60)), ["drain a"]),
+        (seen(agent("a", revision="old"), squeezed("b", 5), rollout={"patienceSeconds": 5}), ["drain a"]),
+        (seen(agent("a", revision="old"), squeezed("b", 999), rollout={"whenFull": "Wait"}), []),
+        (seen(agent("a", revision="old"), squeezed("b", 999, MISFIT)), []),
+        # One at a time, the one with the least work first.
+        (
+            seen(loaded("a", 3, 9, revision="old"), replace(OLD, report=None), squeezed("c", 60), replicas=2),
+            ["drain b"],
+        ),
+        # Its place is not free yet, or has just been taken: no other one goes.
+        (seen(draining("a", NOW, revision="old"), OLD, squeezed("c", 99), replicas=2), ["create"]),
+        (seen(agent("a", revision="old", deleting=True), OLD, squeezed("c", 99), replicas=2), ["create"]),
+        (
+            seen(
+                OLD,
+                agent("b2", ready=False, report=Report(agent_status("starting"))),
+                squeezed("c", 99),
+                replicas=2,
+            ),
+            [],
+        ),
+        # The new revision crashes where it got a place: nobody else goes.
+        (
+            seen(
+                agent("a", revision="old"),
+                agent("b", ready=False, report=None),
+                squeezed("c", 99),
+                replicas=2,
+            ),
+            [],
+        ),
+        # The old spec is wanted again: what waits goes, what serves stays.
+        (seen(agent("a"), replace(squeezed("b", 99), revision="x")), ["delete b"]),
+        # Not a rollout: an agent on a cordoned node stays until there is room.
+        (seen(agent("a"), squeezed("b", 99), nodes=(Node("node", unschedulable=True),)), []),
+    ],
+)
+def test_where_no_node_has_room_an_old_agent_gives_its_place(observed: Observed, expected: list[str]) -> None:
+    assert steps(observed) == expected
+
+
+def test_an_agent_that_gives_its_place_is_told_why_and_the_end_of_the_patience_is_waited_for() -> None:
+    (action,) = replicas.plan(seen(agent("a", revision="old"), squeezed("b", 60)))
+    assert isinstance(action, Drain) and action.reason == reasons.ROLLOUT
+    assert "no node has room for one more agent, so this one gives its place" in action.message
+    assert replicas.due(seen(agent("a", revision="old"), squeezed("b", 45))) == 15
+
+
 def test_a_drain_says_how_long_it_may_take_and_why() -> None:
     (action,) = replicas.plan(seen(loaded("a", 2, 12), loaded("b", 3, 1)))
     assert isinstance(action, Drain)

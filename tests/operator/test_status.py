@@ -13,7 +13,7 @@ from blockyard.operator.observed import Node, Observed, Pod, Report, stamp
 from blockyard.operator.replicas import Create, Delete, Drain, Release
 
 from .simulated import agent_status
-from .test_replicas import NOW, agent, draining, loaded, pending, seen
+from .test_replicas import FULL, MISFIT, NOW, agent, draining, loaded, pending, seen
 
 SCHEDULER = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 
@@ -94,6 +94,38 @@ CASES: dict[str, tuple[Observed, str, str, str, str]] = {
         reasons.ROLLING_OUT,
         SCHEDULER,
     ),
+    "rolling out where there is no room": (
+        seen(agent("a", revision="old"), pending("b", message=FULL, unschedulable_since=NOW)),
+        "Progressing",
+        "True",
+        reasons.ROLLING_OUT,
+        "0 of 1 agents run revision new; no node has room for one more agent, so old ones are drained",
+    ),
+    "rolling out where there is no room, and one gives its place": (
+        seen(draining("a", NOW, revision="old"), pending("b", message=FULL, unschedulable_since=NOW)),
+        "Progressing",
+        "True",
+        reasons.ROLLING_OUT,
+        "so this one gives its place: a",
+    ),
+    "rolling out where there is no room, and waiting for it": (
+        seen(
+            agent("a", revision="old"),
+            pending("b", message=FULL, unschedulable_since=NOW),
+            rollout={"whenFull": "Wait"},
+        ),
+        "Progressing",
+        "True",
+        reasons.ROLLING_OUT,
+        "free a GPU, or set rollout.whenFull to Drain or rollout.maxUnavailable to 1",
+    ),
+    "rolling out what fits no node": (
+        seen(agent("a", revision="old"), pending("b", message=MISFIT, unschedulable_since=NOW)),
+        "Progressing",
+        "True",
+        reasons.ROLLING_OUT,
+        "look at spec.template",
+    ),
     "off a node": (
         seen(agent("a"), nodes=(Node("node", unschedulable=True),)),
         "Progressing",
@@ -101,7 +133,13 @@ CASES: dict[str, tuple[Observed, str, str, str, str]] = {
         reasons.REPLACING,
         "node node is cordoned",
     ),
-    "scaling": (seen(agent("a"), replicas=3), "Progressing", "True", reasons.SCALING, "wanted: 3, there: 1"),
+    "scaling": (
+        seen(agent("a"), replicas=3),
+        "Progressing",
+        "True",
+        reasons.SCALING,
+        "wanted: 3, running: 1",
+    ),
     "draining": (seen(agent("a"), draining("b", NOW)), "Progressing", "True", reasons.DRAINING, "b"),
     "healthy": (seen(agent("a")), "Degraded", "False", reasons.HEALTHY, ""),
     "starting is no problem": (
