@@ -1,9 +1,9 @@
-"""BeamSearch: which continuations of which beams live on; for one request, without tensors.
+"""BeamSearch: decides which continuations of a request's beams are kept; works without tensors.
 
-Follows transformers' beam search, so that scores and ids are equal to it: each step considers the best
-``2 * width`` continuations of all beams, those that end become hypotheses if they are among the best
-``width``, and the search ends when no live beam can beat the worst kept hypothesis (or as soon as
-``width`` are kept, with ``early_stopping``).
+It follows transformers' beam search and gives the same ids and scores. Each step considers the best
+``2 * width`` continuations of all beams. A continuation that ends becomes a hypothesis if it is among the
+best ``width``. The search ends when no live beam can beat the worst kept hypothesis, or with
+``early_stopping`` as soon as ``width`` hypotheses are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A finished line: ``score`` is the sum of log-probs over length ** length_penalty."""
+    """A finished continuation. ``score`` is the sum of log-probs divided by length ** length_penalty."""
 
     token_ids: list[int]
     score: float
@@ -46,8 +46,8 @@ class BeamSearch:
     def step(self, candidates: list[list[tuple[int, float]]]) -> Decision:
         """Advance by one token.
 
-        ``candidates``: for each live beam its best ``2 * width`` (token, log-prob). ``done`` says
-        afterwards whether the search is over; the decision is of no use then.
+        ``candidates``: for each live beam its best ``2 * width`` (token, log-prob). If ``done`` is True
+        afterwards, the search is over and the decision must be ignored.
         """
         scored = [
             (total + logprob, parent, token)

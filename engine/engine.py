@@ -1,9 +1,9 @@
 """The engine: requests in, tokens out, one step at a time.
 
-It joins the parts that each own one thing: the scheduler decides what a step computes, the runner
-computes it, the sampler chooses tokens, and what follows from a token (it ends a sequence, it forks
-the prompt into ``best_of`` sequences, it moves the beams) is decided here. Single-threaded by design:
-whoever owns an engine calls it from one thread.
+It connects three parts: the scheduler decides what a step computes, the runner computes it, and the sampler
+chooses tokens. What follows from a token is decided here: it may end a sequence, fork the prompt into
+``best_of`` sequences, or replace the beams. Single-threaded by design: the owner of an engine must make all
+calls from one thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is, once it is loaded. ``max_model_len`` is what both model and pool allow."""
+    """The properties of a loaded engine. ``max_model_len`` is the length that both model and pool allow."""
 
     model: str
     layout_digest: str
@@ -56,9 +56,9 @@ class EngineInfo:
 class Engine:
     """One model on one device group. Raises ConfigError if it cannot be loaded as configured.
 
-    ``runner`` replaces the model that ``config`` names, for tests of everything around the model. A step
-    with a dead tensor-parallel worker raises WorkerDied; ``on_death`` is called with it, from another
-    thread, for an engine that has nothing to compute.
+    ``runner`` replaces the model that ``config`` names, for tests of everything around the model. If a
+    tensor-parallel worker has died, the next step raises WorkerDied. ``on_death`` is called with the same
+    error, from another thread, so that the death is also noticed while the engine is idle.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Engine:
         on_death: Callable[[WorkerDied], None] | None = None,
     ) -> None:
         if runner is None:
-            from .workers import load_runner  # not needed, and not loaded, with a runner of one's own
+            from .workers import load_runner  # imported here because a given runner does not need it
 
             runner = load_runner(config, on_death)
         self.runner = runner
@@ -125,10 +125,10 @@ class Engine:
         tenant: str = "",
         priority: int = 0,
     ) -> None:
-        """Queue a request. RequestError if it can never be served; nothing is kept of it then.
+        """Queue a request. RequestError if it can never be served; the engine is unchanged then.
 
-        ``tenant`` salts the block keys, so that tenants never share KV, and is what fairness is among.
-        A lower ``priority`` is served sooner.
+        ``tenant`` salts the block keys, so that tenants never share KV; the fair queue divides service among
+        tenants. A lower ``priority`` is served sooner.
         """
         if request_id in self._requests:
             raise RequestError(f"a request with id {request_id!r} is being served", field="request_id")
@@ -166,10 +166,11 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:
         """Drop a request, or one choice of it; its blocks are free at once. Unknown ids are ignored.
 
-        The ``reason`` is what it is counted under: whoever turns tokens into text may have found its end.
+        ``reason`` is the finish reason in the statistics. A caller that finds a stop string in the decoded
+        text ends the request in this way too, with the reason "stop".
 
-        A single choice of a request whose choices are ranked at the end (``best_of > n``, beams), or not
-        yet decoding on its own, cannot be told apart: such a call is ignored too.
+        A call with an ``index`` is ignored while single choices do not exist: until the prompt is computed,
+        and always if the choices are ranked at the end (``best_of > n``, beams).
         """
         request = self._requests.get(request_id)
         if request is None or (index is not None and (request.holds_back or not request.forked)):
@@ -187,7 +188,7 @@ class Engine:
     # ── One step ──────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[SequenceOutput]:
-        """Compute one step and return the tokens it brought, those of finished sequences included."""
+        """Compute one step and return its new tokens, those of sequences that finished included."""
         plan = self.scheduler.schedule()
         if plan.empty:
             return []
@@ -227,7 +228,7 @@ class Engine:
             self._advance_beams(request, logits[rows_of])
 
     def _fork(self, first: Sequence) -> list[Sequence]:
-        """The prompt is computed: from here on each of ``best_of`` sequences goes its own way."""
+        """Create the other ``best_of - 1`` sequences, once the prompt that all of them share is computed."""
         request = first.request
         request.forked = True
         for index in range(1, request.width):
@@ -288,7 +289,7 @@ class Engine:
         )
 
     def _complete(self, request: Request) -> None:
-        """All sequences are done: send what was held back, best first."""
+        """All sequences have finished: output the choices that were held back for ranking, best first."""
         params = request.params
         if request.holds_back and request.beam is None:
 
@@ -328,7 +329,7 @@ class Engine:
             children.setdefault(parent, []).append((place, token_id, cumulative))
         for index, parent_sequence in enumerate(parents):
             if index not in children:
-                self.scheduler.discard(parent_sequence)  # first, so that its row is free for a twin
+                self.scheduler.discard(parent_sequence)  # first, since a fork may need the freed row
         placed: list[Sequence] = []
         for index, offspring in children.items():
             parent_sequence = parents[index]
@@ -366,10 +367,10 @@ class Engine:
             self.scheduler.finish(sequence, "stop")
         self._forget(request, "stop")
 
-    # ── Looking at it ─────────────────────────────────────────────────────────────────────────────
+    # ── Statistics and checks ─────────────────────────────────────────────────────────────────────
 
     def stats(self) -> EngineStats:
-        """A snapshot; cheap enough for ten times a second."""
+        """A snapshot; cheap enough to be taken ten times a second."""
         scheduler, info = self.scheduler, self.info
         host = scheduler.host_pool
         return EngineStats(
@@ -393,7 +394,7 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Prove the engine's invariants (AssertionError saying what is broken). For tests and idle times."""
+        """Check the engine's invariants; AssertionError names the broken one. For tests and idle times."""
         self.scheduler.check()
         known = {id(request) for request in self.scheduler.requests()}
         assert known == {id(request) for request in self._requests.values()}, (

@@ -1,8 +1,8 @@
 """The runner: carries steps out on one device.
 
-Everything that outlives a step stays where it is: weights, the pool, and one row of the block table for
-each running sequence. A step brings small diffs (new block ids, the tokens to compute) in one transfer and
-takes logits away; slots are computed from them on the device in a handful of vector operations.
+It keeps on the device what outlives a step: weights, the pool, and one row of the block tables for each
+running sequence. The input of a step is small (new block ids, the tokens to compute) and is sent in one
+transfer; its output is logits. The slots to write are computed on the device, in a few vector operations.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .model.decoder import Alone, Communicator, Model, layout_digest, pool_shape
 from .step import Ints, StepInput
 
 GIB = 1 << 30
-CPU_POOL_CAP = 4 * GIB  # on a CPU nobody expects a server to take all memory there is
+CPU_POOL_CAP = 4 * GIB  # the default pool must leave host memory to the machine's other processes
 CPU_RESERVE = GIB // 2  # for activations, logits and the process itself
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, *range(48, 129, 16), *range(160, 513, 32))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ALIGNMENT = 4  # int32: kernels are compiled for pointers on 16 bytes, and once more for others
+ALIGNMENT = 4  # in int32: Triton compiles a kernel once for pointers aligned to 16 bytes, again for others
 
 
 class Runner:
-    """One rank's model, pool and table rows. ConfigError says which setting to change when it cannot load."""
+    """One rank's model, pool and block tables. If loading fails, ConfigError names the setting to change."""
 
     def __init__(self, config: EngineConfig, comm: Communicator | None = None) -> None:
         _check_settings(config)
@@ -89,24 +89,24 @@ class Runner:
             self.model_config, 1, self.model.shard.num_kv_heads, config.block_tokens
         )[1:]
         self.block_bytes = math.prod(self._block_shape) * self.dtype.itemsize
-        # One row for each running sequence, and a spare one for padding and rehearsals: always block 0.
+        # One row for each running sequence, and a spare one of zeros (block 0) for padding and rehearsals.
         width = -(-self.max_model_len // config.block_tokens)
         self._tables = torch.zeros((self.max_num_seqs + 1, width), dtype=torch.int32, device=self.device)
         self._comm.meet()
         self.num_blocks = self._comm.smallest(self._decide_blocks())
-        # On a CPU the pages are taken when they are first written.
+        # On a CPU the operating system allocates the pages of these zeros only when they are first written.
         self.kv = torch.zeros((self.num_blocks, *self._block_shape), dtype=self.dtype, device=self.device)
         self.host_kv = torch.empty(
             (self.host_blocks, *self._block_shape), dtype=self.dtype, pin_memory=on_gpu
         )
-        # Whatever is built, compiled or started at first use is so before the first request.
+        # Kernels are compiled and libraries started at first use: do this now, not during the first request.
         self._rehearse(self.max_batch_tokens if on_gpu else min(self.max_batch_tokens, 16))
         self._graphs = Graphs(self) if on_gpu and config.cuda_graphs else None
 
     # ── Sizing the pool ───────────────────────────────────────────────────────────────────────────
 
     def _decide_blocks(self) -> int:
-        """kv_blocks, else kv_bytes, else a share of what is free now that the weights are there."""
+        """Blocks by kv_blocks, else by kv_bytes, else by a share of the memory left beside the weights."""
         config = self._config
         host_bytes = self.host_blocks * self.block_bytes
         free_host = available_bytes() // self._comm.size
@@ -143,7 +143,7 @@ class Runner:
         return min(CPU_POOL_CAP // self._comm.size, int(free * self._config.memory_fraction) - CPU_RESERVE)
 
     def _gpu_room(self) -> int:
-        """What is left of ``memory_fraction`` of the device besides the largest step, which is tried."""
+        """Bytes of ``memory_fraction`` of the device left by the largest step, which is run to measure it."""
         self.kv = torch.zeros((1, *self._block_shape), dtype=self.dtype, device=self.device)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -157,7 +157,7 @@ class Runner:
         return int(free - total * (1 - self._config.memory_fraction)) - step - sampling
 
     def _rehearse(self, tokens: int) -> None:
-        """A step of ``tokens`` tokens, and one of as many decodes as can be. They write to block 0 alone."""
+        """Run a prefill step of ``tokens`` tokens and the largest decode step. They write only to block 0."""
         empty = np.empty(0, dtype=np.int32)
         pairs = empty.reshape(0, 2)
         chunks = [min(self.max_model_len, tokens)] * max(1, tokens // self.max_model_len)
@@ -238,17 +238,17 @@ class Runner:
         return self.model.forward(token_ids.long(), places, slots, self.kv, batch, last.long())
 
     def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Where the KV of the tokens at ``positions`` int64 [T] of ``rows`` [T] lies -> int64 [T]."""
+        """Slots (block * block_tokens + offset) of ``positions`` int64 [T] in ``rows`` [T] -> int64 [T]."""
         blocks = self._tables[rows.long(), positions // self._block_tokens].long()
         return blocks * self._block_tokens + positions % self._block_tokens
 
     def stage(self, *arrays: Ints) -> list[Tensor]:
-        """Flat int32 arrays -> tensors on the device, by one transfer that nobody waits for."""
+        """Flat int32 arrays -> tensors on the device, by one asynchronous transfer."""
         places, total = [], 0
         for array in arrays:
             places.append((total, total + len(array)))
             total += -(-len(array) // ALIGNMENT) * ALIGNMENT
-        # torch keeps pinned memory until the copy out of it is done, and then uses it again.
+        # No wait is needed: torch's allocator reuses pinned memory only after the copy from it is done.
         host = torch.empty(total, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         buffer = host.numpy()
         for array, (begin, end) in zip(arrays, places, strict=True):
@@ -257,7 +257,7 @@ class Runner:
         return [packed[begin:end] for begin, end in places]
 
     def close(self) -> None:
-        """Drop what is large; a runner is of no use afterwards."""
+        """Free the weights, the pools and the graphs. The runner cannot be used afterwards."""
         self._graphs = None
         self.kv = self.host_kv = self._tables = torch.empty(0)
         self.__dict__.pop("model", None)
@@ -268,16 +268,16 @@ class Runner:
 class Graphs:
     """CUDA graphs of pure decode steps, one for each padded batch size.
 
-    Replaying a graph costs one launch where a step has some ten kernels a layer. Padding sequences have
+    Replaying a graph costs one launch, instead of about ten kernel launches per layer. Padding sequences have
     a context of 0 and write to slot -1; they use the spare row of the tables. All graphs are captured at
-    start, the largest first, and share one memory pool: only one of them runs at a time.
+    start, the largest first. They share one memory pool, because only one of them runs at a time.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._sizes = sorted({min(size, runner.max_num_seqs) for size in GRAPH_SIZES})
         most = -(-self._sizes[-1] // ALIGNMENT) * ALIGNMENT
-        # Row, position (-1 for padding) and token of each sequence; the graphs read them here.
+        # Row, position (-1 for padding) and token of each sequence, at fixed addresses, as graphs require.
         self._inputs = torch.zeros((3, most), dtype=torch.int32, device=runner.device)
         self._inputs[0] = runner.max_num_seqs
         self._inputs[1] = -1
@@ -296,7 +296,7 @@ class Graphs:
             self._graphs[size] = graph, logits
 
     def fit(self, step: StepInput) -> bool:
-        """Whether a step is a decode of all its sequences, in order, and no more than were captured."""
+        """Whether a graph can run the step: all sequences are sampled decodes, no more than were captured."""
         count = len(step.rows)
         return 0 < count == step.num_decodes == len(step.sampled) and count <= self._sizes[-1]
 
@@ -375,7 +375,7 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch says so by its own exception on GPUs only."""
+    """torch raises its own exception only on GPUs; on a CPU only the message tells."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(

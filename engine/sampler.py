@@ -1,13 +1,13 @@
 """The sampler: from logits to tokens, for a whole batch at once.
 
-Stateless by design: what a sequence draws depends on its distribution, its seed and how many tokens it
-has drawn before, never on its batch mates, the device or what happened to the engine in between. One
-uniform number per row comes from a counter-based hash, and the token is found by inverting the
-cumulative distribution in vocabulary order, so that a tiny difference in the logits almost never
-changes the outcome (a noise per entry, as in Gumbel sampling, would cost a pass over S x V random
-numbers besides).
+Stateless by design: a sequence's next token depends only on its distribution, its seed and the number of
+tokens it has drawn before. It does not depend on the other sequences of the batch, on the device, or on
+preemptions in between. One uniform number per row comes from a counter-based hash, and the token is found by
+inverting the cumulative distribution in vocabulary order, so that a tiny difference in the logits almost
+never changes the token. (Noise per entry, as in Gumbel sampling, would also cost a pass over S x V random
+numbers.)
 
-Rows that ask for nothing special cost one argmax; each special wish touches only the rows that have it.
+A batch of plain greedy rows costs one argmax. Every other setting is applied only to the rows that use it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 from .sampling_params import SamplingParams
 from .structured import Grammar
 
-NUCLEUS_CANDIDATES = 1024  # top-p looks at so many tokens before it sorts the whole vocabulary
+NUCLEUS_CANDIDATES = 1024  # top-k and top-p try this many best tokens before they sort the whole vocabulary
 _MASK = 2**64 - 1
 
 
 @dataclass(slots=True)
 class SamplingState:
-    """What the sampler knows of one sequence. ``output_ids`` is the sequence's own list and grows."""
+    """The sampler's input for one sequence. ``output_ids`` is the sequence's own list, which grows."""
 
     params: SamplingParams
     seed: int
     prompt_ids: list[int]
     output_ids: list[int]
     grammar: Grammar | None = None
-    _plain: bool = field(init=False)  # greedy, and nothing else wanted
+    _plain: bool = field(init=False)  # greedy, with no other setting that changes or reports anything
 
     def __post_init__(self) -> None:
         p = self.params
@@ -59,7 +59,7 @@ class SamplingState:
 
 @dataclass(slots=True)
 class SampledToken:
-    """``logprob`` is of the model's own distribution; 0.0 unless asked for. ``top`` is best first."""
+    """``logprob`` is that of the unchanged logits, and 0.0 unless it was requested. ``top`` is best first."""
 
     token_id: int
     logprob: float = 0.0
@@ -86,7 +86,7 @@ class Sampler:
     def sample(self, logits: Tensor, states: list[SamplingState]) -> list[SampledToken]:
         """One token for each row. logits [S, V], any float dtype, on any device; they are not changed.
 
-        Synchronises with the device once for plain batches: that is how the tokens get out.
+        Plain batches synchronise with the device only to check for finite logits and to fetch the tokens.
         """
         if all(state._plain for state in states):
             return [SampledToken(token) for token in _finite(logits).argmax(-1).tolist()]
@@ -114,7 +114,7 @@ class Sampler:
     # ── Changing the distribution ─────────────────────────────────────────────────────────────────
 
     def _adjust(self, raw: Tensor, states: list[SamplingState]) -> Tensor:
-        """Bias, penalties, grammar and minimum length, in this order, on a copy if anything changes."""
+        """Apply bias, penalties, grammar and minimum length, in this order, to a copy if anything changes."""
         adjusted = raw
         for i, state in enumerate(states):
             if state._plain:
@@ -171,7 +171,7 @@ class Sampler:
         cumulative = probs.double().cumsum(-1)
         uniforms = [uniform(state.seed, len(state.output_ids)) for state in states]
         target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
-        # The first entry above the target: never one of zero probability, since those do not rise.
+        # The first entry above the target. It never has probability zero, where the sum does not rise.
         index = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)
         last = probs.shape[1] - 1 - (probs.flip(-1) > 0).int().argmax(-1, keepdim=True)
         return torch.minimum(index, last).squeeze(1)
@@ -210,7 +210,7 @@ class Sampler:
     # ── Reporting ─────────────────────────────────────────────────────────────────────────────────
 
     def _report(self, raw: Tensor, states: list[SamplingState], result: list[SampledToken]) -> None:
-        """Fill in log-probabilities where somebody reads them."""
+        """Fill in log-probabilities for the rows that report them or are ranked by them."""
         wanted = [
             i for i, s in enumerate(states) if s.params.logprobs is not None or s.params.best_of > s.params.n
         ]
@@ -229,7 +229,7 @@ class Sampler:
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """Rows with NaN or infinities (a broken row must not take its batch mates down), others as they are."""
+    """Replace NaN and infinities in logits, so that one row with broken logits does not fail the batch."""
     if bool(torch.isfinite(logits.sum())):
         return logits
     return torch.nan_to_num(logits, nan=-1e30, posinf=1e30, neginf=-1e30)

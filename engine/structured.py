@@ -1,8 +1,8 @@
-"""Grammars that an output must follow: JSON, or JSON of one schema, by llguidance's token masks.
+"""Grammars that an output must follow: any JSON object, or JSON of one schema, by llguidance's token masks.
 
 llguidance builds its automaton lazily, so a schema costs microseconds to a few milliseconds when the
-request arrives and no schema can stall the engine for seconds. It is imported on first use: a machine
-without it serves everything else.
+request arrives, and no schema can stall the engine for seconds. It is imported on first use, so that a
+machine without it can serve all requests that need no grammar.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ANY_OBJECT = '{"type": "object"}'
 
 
 class Grammar:
-    """How far one sequence is in its grammar."""
+    """The state of one sequence in its grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
@@ -32,7 +32,7 @@ class Grammar:
         self.finished = False
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next, bool [V]. At a dead end only the end of text is left."""
+        """Which tokens may come next, bool [V]. If the grammar allows none, only end of text is allowed."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         mask = np.zeros(self._vocab_size, dtype=bool)
         known = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
@@ -42,7 +42,7 @@ class Grammar:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Go on by one token, which ``allowed`` has allowed."""
+        """Advance by one token, which must be one of ``allowed``."""
         if token_id in self._eos or not self._matcher.consume_token(token_id):
             self.finished = True
         else:
@@ -64,7 +64,7 @@ class GrammarCompiler:
         self._tokenizer: Any = None
 
     def compile(self, structure: Structure) -> Grammar:
-        """A fresh grammar; RequestError on ``response_format`` if the schema is of no use."""
+        """A new grammar for one request; RequestError on ``response_format`` if the schema is unusable."""
         try:
             import llguidance
         except ImportError:
@@ -86,7 +86,7 @@ class GrammarCompiler:
         try:
             parsed = json.loads(schema)
             if isinstance(parsed, dict):
-                # Free whitespace lets a small model loop in blanks until its tokens are used up.
+                # With free whitespace a small model can repeat blanks until max_tokens is reached.
                 parsed["x-guidance"] = {"whitespace_flexible": False}
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(parsed))
         except (ValueError, RecursionError) as error:

@@ -1,11 +1,11 @@
-"""Tensor parallelism: the other ranks as processes of their own, under the one central scheduler.
+"""Tensor parallelism: runs every rank other than 0 as a worker process, under the one central scheduler.
 
-Rank 0 lives in the engine's process and is an ordinary Runner. Each step is sent once to every worker,
-as one message over a pipe; inside the pass ranks only sum activations (gloo on CPUs, NCCL on GPUs).
-Whatever else ranks agree on while they load goes over the pipes too: an end of a pipe tells of a death at
-once, in either direction, where a collective would wait for somebody who never comes.
+Rank 0 runs in the engine's process and is an ordinary Runner. Each step is sent to every worker as one
+message over a pipe; during the forward pass ranks only sum activations and gather logits (gloo on CPUs, NCCL
+on GPUs). What ranks must agree on while they load goes over the pipes too: a pipe breaks as soon as the
+process at either end dies, where a collective would wait for the dead rank until its timeout.
 
-Workers are plain child processes that end when their pipe does, so nothing survives a killed engine.
+Workers are plain child processes that exit when their pipe closes, so no worker outlives a killed engine.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from .step import StepInput, StepRunner
 log = logging.getLogger("blockyard.engine")
 
 COLLECTIVE_TIMEOUT = dt.timedelta(seconds=60)
-LOAD_TIMEOUT = 600.0  # seconds that ranks wait for each other while they load
-EXIT_TIMEOUT = 5.0  # seconds from a worker's death until whoever still waits for it is ended
-_STUCK = 70  # exit code then
+LOAD_TIMEOUT = 600.0  # seconds that rank 0 waits for a worker's message during loading
+EXIT_TIMEOUT = 5.0  # seconds after a worker's death until rank 0 exits, if it is still stuck in a collective
+_STUCK = 70  # the exit code of rank 0 in this case
 _LOOPBACK = "127.0.0.1"
 
 OnDeath = Callable[[WorkerDied], None]
 
 
 def load_runner(config: EngineConfig, on_death: OnDeath | None = None) -> StepRunner:
-    """The runner a config asks for: on this process alone, or with tensor-parallel workers.
+    """The runner for a config: in this process alone, or with tensor-parallel workers.
 
-    ``on_death`` is called, from another thread, if a worker dies once it has loaded.
+    ``on_death`` is called, from another thread, if a worker dies after all ranks have loaded.
     """
     if config.tensor_parallel < 1:
         raise ConfigError(f"tensor_parallel is {config.tensor_parallel}; it must be at least 1")
@@ -69,7 +69,7 @@ class _Group:
         self._backend = "nccl" if cuda else "gloo"
 
     def _join(self, store: TCPStore) -> None:
-        # All ranks are on this machine, and what they send is for nobody else.
+        # All ranks are on this machine: over loopback their traffic cannot be reached from the network.
         os.environ.setdefault(f"{self._backend.upper()}_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             self._backend, store=store, rank=self.rank, world_size=self.size, timeout=COLLECTIVE_TIMEOUT
@@ -87,7 +87,7 @@ class _Group:
 
 
 class Leader(_Group):
-    """Rank 0's communicator. ``together`` is set while the ranks compute and so wait for each other."""
+    """Rank 0's communicator. ``together`` is True while rank 0 may be waiting in a collective."""
 
     def __init__(self, pipes: list[Connection], *, cuda: bool) -> None:
         super().__init__(0, len(pipes) + 1, cuda=cuda)
@@ -95,7 +95,7 @@ class Leader(_Group):
         self.together = False
 
     def collect(self) -> list[Any]:
-        """What each worker says next. Raises a failed one's error, WorkerDied for one that is gone."""
+        """The next message of each worker. Raises a failed worker's error, or WorkerDied if a worker died."""
         answers = []
         for rank, pipe in enumerate(self._pipes, 1):
             if not pipe.poll(LOAD_TIMEOUT):
@@ -142,7 +142,7 @@ class Leader(_Group):
 
 
 class Follower(_Group):
-    """A worker's communicator; to ``inbox`` come rank 0's answers, one for each message sent to it."""
+    """A worker's communicator. ``inbox`` receives one answer of rank 0 for each message sent to rank 0."""
 
     def __init__(
         self, rank: int, size: int, pipe: Connection, inbox: queue.SimpleQueue[bytes], *, cuda: bool
@@ -153,7 +153,7 @@ class Follower(_Group):
 
     def _exchange(self, value: int | None) -> int:
         self._pipe.send(value)
-        return int(self._inbox.get())  # if rank 0 goes, so does this process
+        return int(self._inbox.get())  # never blocks for ever: if rank 0 dies, listen() ends this process
 
     def meet(self) -> None:
         port = self._exchange(None)
@@ -171,9 +171,9 @@ class _Worker:
 
 
 class ParallelRunner:
-    """A Runner for rank 0 and the processes of all other ranks, behind a Runner's interface.
+    """The runner of a tensor-parallel engine: a Runner for rank 0 and a worker process for each other rank.
 
-    ConfigError or WorkerDied if one of them cannot load.
+    ConfigError or WorkerDied if one of the ranks cannot load.
     """
 
     def __init__(self, config: EngineConfig, on_death: OnDeath | None = None) -> None:
@@ -192,7 +192,7 @@ class ParallelRunner:
         self._on_death = on_death
         self._loaded = self._closed = False
         self._dead = threading.Event()
-        self._ended = threading.Event()  # nobody waits for workers any more
+        self._ended = threading.Event()  # set by close(): no step waits for workers any more
         self._workers: list[_Worker] = []
         try:
             for rank in range(1, size):
@@ -201,10 +201,10 @@ class ParallelRunner:
             for worker in self._workers:
                 threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
             self._runner = runner = Runner(config, self._group)
-            self._group.collect()  # each says once more that it is ready
+            self._group.collect()  # each worker reports that it is ready for steps
             self._group.together = False
             self._loaded = True
-            if self._dead.is_set():  # before ``on_death`` would have been called
+            if self._dead.is_set():  # _watch saw this death before _loaded was set, and did not call on_death
                 raise WorkerDied("a tensor-parallel worker died as soon as it had loaded")
         except BaseException as error:
             cause = self._blame(error)
@@ -225,7 +225,7 @@ class ParallelRunner:
         self.host_blocks = runner.host_blocks
 
     def _watch(self, worker: _Worker) -> None:
-        """Notice a dead worker at once; end the process if it is stuck in a collective with it."""
+        """Wait for a worker to die; then end this process if it stays stuck in a collective with it."""
         code = worker.process.wait()
         if self._closed:
             return
@@ -236,13 +236,13 @@ class ParallelRunner:
             self._on_death(WorkerDied(message))
         if not self._ended.wait(EXIT_TIMEOUT) and self._group.together:
             faulthandler.dump_traceback()
-            os._exit(_STUCK)  # in a collective with a dead peer: nobody can raise in that thread
+            os._exit(_STUCK)  # no exception can be raised in the thread that is stuck in the collective
 
     def _blame(self, error: BaseException) -> BaseException:
-        """What is behind an error on rank 0: a worker's own error, or its death, or itself."""
+        """The cause of an error on rank 0: a worker's own error, a worker's death, or the error itself."""
         if isinstance(error, EngineError) or not isinstance(error, (RuntimeError, OSError)):
             return error
-        # A collective fails because the other end of a connection is gone: wait until we know of it.
+        # A collective fails as soon as a dead worker's connection breaks: wait until _watch sees the death.
         if not self._dead.wait(EXIT_TIMEOUT):
             return error
         for worker in self._workers:
@@ -256,7 +256,7 @@ class ParallelRunner:
         return WorkerDied(f"tensor-parallel ranks died: {', '.join(dead)}")
 
     def execute(self, step: StepInput) -> Tensor | None:
-        """As Runner.execute, on all ranks. WorkerDied if one of them is gone; the engine cannot go on."""
+        """As Runner.execute, on all ranks. WorkerDied if a worker has died: the engine cannot continue."""
         try:
             if self._closed or self._dead.is_set():
                 raise WorkerDied("a tensor-parallel worker has died; start the engine anew")
@@ -275,7 +275,7 @@ class ParallelRunner:
         return logits
 
     def close(self) -> None:
-        """End all workers. They hold nothing that is worth a goodbye."""
+        """Kill all workers. They hold no state that must be saved."""
         self._closed = True
         self._ended.set()
         for worker in self._workers:
@@ -293,18 +293,18 @@ class ParallelRunner:
 def _start(config: EngineConfig, rank: int, *, cuda: bool) -> _Worker:
     ours, theirs = socket.socketpair()
     with theirs:
-        # -P: the current folder must not stand in for installed packages.
+        # -P: a file in the current folder must not shadow an installed package.
         command = [sys.executable, "-P", "-m", "blockyard.engine.workers", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     pipe = Connection(ours.detach())
-    # If it is dead already, that is noticed where its answer is awaited.
+    # If the worker is dead already, Leader.collect raises WorkerDied for it.
     with contextlib.suppress(OSError):
         pipe.send((config, rank, cuda))
     return _Worker(rank, process, pipe)
 
 
 def main(fd: int) -> None:
-    """A worker process: load the shard, then compute each step that comes, until the pipe ends."""
+    """A worker process: load the shard, then compute each step that arrives, until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides when to stop
     pipe = Connection(fd)
@@ -312,7 +312,10 @@ def main(fd: int) -> None:
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
-        """In a thread: when rank 0 goes, the main thread may be deep in a collective with it."""
+        """Read the pipe in a thread of its own, and exit when it closes.
+
+        The main thread may be blocked in a collective when rank 0 dies, and could not notice the death.
+        """
         try:
             while True:
                 inbox.put(pipe.recv_bytes())
@@ -332,7 +335,7 @@ def main(fd: int) -> None:
         with contextlib.suppress(OSError):
             pipe.send(error)
         sys.stderr.flush()
-        os._exit(1)  # at once: an orderly end would wait for collectives that never come
+        os._exit(1)  # an orderly exit would wait for collectives that never complete
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Floor 1: tensors in, tensors out. ``dispatch`` chooses the implementation, ``reference`` is the meaning."""
+"""Floor 1: operations on tensors; ``reference`` defines each, ``dispatch`` chooses the implementation."""
 
 from .batch import PagedBatch
 from .cpu_ops import Linear

@@ -1,4 +1,4 @@
-"""The compiled CPU operations: built once into the user's cache folder, loaded from there ever after."""
+"""Builds the compiled CPU operations once into the user's cache folder, and loads them from there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("blockyard.kernels")
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fopenmp", "-w"]
 CHOICE = "BLOCKYARD_CPU_KERNELS"
-LOCK_SECONDS = 600  # a build takes less than one minute; whoever waits this long for another's gives up
+LOCK_SECONDS = 600  # how long to wait for another process's build, which takes less than one minute
 _ops: Any = torch.ops
 
 
@@ -33,7 +33,7 @@ _ops: Any = torch.ops
 def load() -> bool:
     """Make ``torch.ops.blockyard`` available; False, after one warning, if it cannot be built here.
 
-    BLOCKYARD_CPU_KERNELS=reference asks for plain torch, =compiled makes a failing build an error.
+    BLOCKYARD_CPU_KERNELS=reference returns False at once; =compiled raises RuntimeError if the build fails.
     """
     choice = os.environ.get(CHOICE, "auto")
     if choice not in ("auto", "compiled", "reference"):
@@ -45,7 +45,7 @@ def load() -> bool:
         if not _is_loadable(library):
             _build_once(library)
             _ops.load_library(str(library))
-    except Exception as error:  # whatever stands in the way of a build, plain torch goes without it
+    except Exception as error:  # plain torch can serve, whatever made the build fail
         reason = _reason(error)
         if choice == "compiled":
             raise RuntimeError(
@@ -62,7 +62,7 @@ def load() -> bool:
 
 
 def _is_loadable(library: Path) -> bool:
-    """Load a library that is there. One that was built beside another C library, say, is built again."""
+    """Try to load the library. False if it is missing or does not load (built against another C library)."""
     try:
         _ops.load_library(str(library))
     except OSError:
@@ -71,7 +71,7 @@ def _is_loadable(library: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says most: a compiler's first complaint among pages of output."""
+    """The most useful line of an error: a compiler's first "error:" line, which pages of output may hide."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     complaints = [line for line in lines if "error:" in line]
     return next(iter(complaints or lines), type(error).__name__)
@@ -89,7 +89,11 @@ def _fingerprint() -> str:
 
 
 def _cpu() -> str:
-    """What -march=native depends on; a cache folder may be shared by different machines."""
+    """The CPU's feature flags, on which -march=native depends.
+
+    They are part of the file name because machines with different CPUs may share one cache folder: a library
+    from another machine could contain instructions that this CPU lacks.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -98,7 +102,10 @@ def _cpu() -> str:
 
 
 def _build_once(library: Path) -> None:
-    """Build, unless another process just did: the ranks of a tensor-parallel engine start together."""
+    """Build under a lock, unless another process built it meanwhile.
+
+    The ranks of a tensor-parallel engine start together, and each would build the same library.
+    """
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(library.with_suffix(".lock")).acquire(timeout=LOCK_SECONDS)
@@ -115,7 +122,7 @@ def _build_once(library: Path) -> None:
 
 
 def _build(library: Path) -> None:
-    """Compile in a private folder and rename the result, so that a build that is cut off leaves nothing."""
+    """Compile in a private folder and rename the result, so that a killed build leaves no partial library."""
     from torch.utils import cpp_extension
 
     compiler = os.environ.get("CXX", "c++")  # as cpp_extension chooses it; it may be "ccache g++"
@@ -142,7 +149,7 @@ def _build(library: Path) -> None:
 
 @contextmanager
 def _own_ninja() -> Iterator[None]:
-    """Let torch find the ninja beside this Python, also where its environment is not activated."""
+    """Put this Python's folder on PATH, so that torch finds its ninja without an activated environment."""
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     try:

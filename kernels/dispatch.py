@@ -1,11 +1,11 @@
 """The one place that chooses an implementation, by the device of the tensors.
 
 CUDA goes to Triton, the CPU to the compiled operations or, where those cannot be built, to plain torch.
-``reference`` says what each operation means; nobody above this floor knows which implementation ran.
-Triton is imported when the first CUDA tensor arrives, so a machine without it never pays for it.
+``reference`` defines each operation; callers do not depend on which implementation ran. Triton is imported
+when the first CUDA tensor arrives, so a machine without a GPU does not need Triton.
 
-The environment variable BLOCKYARD_CPU_KERNELS forces the choice on the CPU: ``reference`` is plain
-torch, ``compiled`` makes a build that fails an error instead of a warning, ``auto`` is the default.
+The environment variable BLOCKYARD_CPU_KERNELS forces the choice on the CPU: ``reference`` is plain torch,
+``compiled`` raises an error if the build fails, ``auto`` (the default) logs a warning and uses plain torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _on(x: Tensor) -> Any:
 
 
 def backend(device: torch.device) -> str:
-    """Which implementation serves this device, for logs. On the CPU this builds it if need be."""
+    """The name of this device's implementation, for logs. Builds the CPU operations if they are not built."""
     return "Triton" if device.type == "cuda" else cpu_ops.name()
 
 

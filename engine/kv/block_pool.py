@@ -1,10 +1,10 @@
-"""BlockPool: the only place where a block of a tier is handed out, shared, found again and taken back.
+"""BlockPool: the only place that allocates, shares, finds and releases the blocks of one tier.
 
-A block is in exactly one of three states. *Active*: someone holds a reference. *Cached*: nobody does,
-but its content is known by its key and can be revived. *Free*: nobody does and the content is worthless.
-Cached and free blocks sit in one list, in the order in which they will be taken: worthless blocks in
-front, then cached ones by how long ago they were used. The list is intrusive (links inside the block
-objects), because reviving a cached block takes it out of the middle, and that must be O(1).
+A block is in exactly one of three states. *Active*: a sequence holds a reference. *Cached*: no references,
+but the content can be found by its key and used again. *Free*: no references, and no key for the content.
+Cached and free blocks are idle. They are in one list, in the order in which they will be taken: free blocks
+first, then cached blocks, least recently used first. The list is intrusive (links inside the block objects),
+because using a cached block again removes it from the middle of the list, and this must be O(1).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_HOT_PREFIXES = 1024
 
 
 class Block:
-    """One slab of the tier's tensor. ``depth`` counts the blocks of its chain, itself included."""
+    """One slab of the tier's tensor. ``depth`` is its place in its chain of blocks, counted from 1."""
 
     __slots__ = ("depth", "id", "key", "next", "previous", "references")
 
@@ -29,12 +29,12 @@ class Block:
         self.references = 0
         self.key: bytes | None = None
         self.depth = 0
-        self.previous: Block | None = None  # links are set while, and only while, the block is idle
+        self.previous: Block | None = None  # both links are set exactly while the block is idle
         self.next: Block | None = None
 
 
 class _IdleList:
-    """Blocks without references, first to be taken first; a ring around a sentinel."""
+    """Blocks without references, in the order in which they are taken; a ring with a sentinel."""
 
     __slots__ = ("_sentinel", "size")
 
@@ -81,8 +81,8 @@ class _IdleList:
 class BlockPool:
     """All blocks of one tier of one engine.
 
-    Blocks are named by their ids outside. A caller that asks for more than ``available`` gets a
-    ``ValueError``: the scheduler counts before it takes, so this is a bug and never a load condition.
+    Callers use block ids. Taking more than ``available`` raises ``ValueError``: the scheduler counts before
+    it takes, so this is a bug in the scheduler and not a consequence of load.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -108,7 +108,7 @@ class BlockPool:
         return self._blocks[block_id].references
 
     def take(self, count: int) -> list[int]:
-        """Hand out blocks with one reference each; cached content goes, least recently used first."""
+        """Allocate blocks with one reference each. Cached blocks are evicted, least recently used first."""
         if count > self._idle.size:
             raise ValueError(f"{count} blocks wanted, {self._idle.size} of {len(self)} available")
         taken = []
@@ -121,7 +121,7 @@ class BlockPool:
         return taken
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """One more reference to each; revives cached blocks."""
+        """Add one reference to each block. A cached block becomes active again."""
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.references == 0:
@@ -132,10 +132,10 @@ class BlockPool:
             block.references += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """One reference less to each block of a chain, given from its start.
+        """Remove one reference from each block of a chain; ids are given from the chain's start.
 
-        The chain's end becomes idle first, and so is evicted first: a prefix is only of use as long
-        as everything before it is there.
+        The last block becomes idle first and so is evicted first: a cached block can only be used again if
+        all blocks before it in the chain are still there.
         """
         for block_id in reversed(block_ids):
             block = self._blocks[block_id]
@@ -150,10 +150,10 @@ class BlockPool:
                     self._num_cached += 1
 
     def publish(self, block_id: int, key: bytes, depth: int) -> None:
-        """Make a full active block findable.
+        """Make a full active block findable by its key.
 
-        The first block with a key keeps it; equal ones stay anonymous. Publishing the same again changes
-        nothing, publishing something else is a bug: a published block is immutable.
+        If another block has this key already, this block stays without one. Publishing a block again under
+        the same key changes nothing; another key raises ValueError, because a published block is immutable.
         """
         block = self._blocks[block_id]
         if block.references < 1:
@@ -179,7 +179,7 @@ class BlockPool:
         return sum(self._blocks[i].references == 0 for i in block_ids)
 
     def record_hit(self, block_id: int) -> None:
-        """Count a prefix-cache hit whose last block this is (for the hottest prefixes in the status)."""
+        """Count a prefix-cache hit that ends with this block (for the hottest prefixes in the status)."""
         key = self._blocks[block_id].key
         if key is not None:
             self._hits[key] = self._hits.pop(key, 0) + 1
@@ -187,12 +187,12 @@ class BlockPool:
                 self._hits.popitem(last=False)
 
     def hottest(self, count: int, *, block_tokens: int) -> list[HotPrefix]:
-        """The chains hit most often among those still here."""
+        """The chains with the most hits whose last block is still in the pool."""
         best = nlargest(count, self._hits.items(), key=lambda item: item[1])
         return [HotPrefix(key.hex(), self._by_key[key].depth * block_tokens, hits) for key, hits in best]
 
     def clear_cache(self) -> None:
-        """Forget all content nobody holds. Active blocks stay published."""
+        """Turn all cached blocks into free ones. Active blocks stay published."""
         for block in list(self._idle):
             if block.key is not None:
                 self._forget(block)
@@ -215,11 +215,11 @@ class BlockPool:
         )
 
     def check(self, owners: Mapping[int, int]) -> None:
-        """Prove that nothing is lost, leaked or mixed up; raises AssertionError saying what is.
+        """Check that no block is lost, leaked or in a wrong state; AssertionError names the problem.
 
-        ``owners`` counts, for each block id, the references that the caller knows to exist. O(blocks).
+        ``owners`` is the number of references that the caller counted for each block id. O(blocks).
         """
-        idle = [block.id for block in islice(self._idle, len(self) + 1)]  # a broken list may have no end
+        idle = [block.id for block in islice(self._idle, len(self) + 1)]  # a broken list may be a cycle
         twice = [i for i, n in Counter(idle).items() if n > 1]
         assert not twice, f"blocks {twice} are in the idle list twice"
         assert len(idle) == self._idle.size, (
