@@ -1,1 +1,1 @@
-"""Floor 2: one engine on one device group. Importing this package imports no torch."""
+"""Floor 2: the inference engine on one device group. Importing this package alone does not import torch."""

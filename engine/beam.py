@@ -24,7 +24,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A finished line: ``score`` is the sum of log-probs over length ** length_penalty."""
+    """A finished continuation. ``score`` is the sum of log-probs divided by length ** length_penalty."""
 
     token_ids: list[int]
     score: float

@@ -12,9 +12,10 @@ PreemptionKind = Literal["recompute", "swap"]
 class EngineConfig:
     """Sizes are in blocks or bytes; None means: decide from the machine and the model.
 
-    ``kv_blocks`` beats ``kv_bytes``, which beats ``memory_fraction`` of the free memory measured
-    after the weights are loaded. ``max_batch_tokens`` is the one budget per step that decodes and
-    prefill chunks share. ``watermark`` is the share of the pool kept free at admission.
+    ``kv_blocks`` takes precedence over ``kv_bytes``, and ``kv_bytes`` over ``memory_fraction`` (of the GPU's
+    memory, or on a CPU of the free host memory; measured after the weights are loaded).
+    ``max_batch_tokens`` is the budget per step that decodes and prefill chunks share. ``watermark`` is the
+    share of the pool that admission keeps free, so that running sequences can grow.
     """
 
     model: str

@@ -35,7 +35,7 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is, once it is loaded. ``max_model_len`` is what both model and pool allow."""
+    """The properties of a loaded engine. ``max_model_len`` is the length that both model and pool allow."""
 
     model: str
     layout_digest: str
@@ -55,9 +55,9 @@ class EngineInfo:
 class Engine:
     """One model on one device group. Raises ConfigError if it cannot be loaded as configured.
 
-    ``runner`` replaces the model that ``config`` names, for tests of everything around the model. A step
-    with a dead tensor-parallel worker raises WorkerDied; ``on_death`` is called with it, from another
-    thread, for an engine that has nothing to compute.
+    ``runner`` replaces the model that ``config`` names, for tests of everything around the model. If a
+    tensor-parallel worker has died, the next step raises WorkerDied. ``on_death`` is called with the same
+    error, from another thread, so that the death is also noticed while the engine is idle.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Engine:
     # ── One step ──────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[SequenceOutput]:
-        """Compute one step and return the tokens it brought, those of finished sequences included."""
+        """Compute one step and return its new tokens, those of sequences that finished included."""
         plan = self.scheduler.schedule()
         if plan.empty:
             return []
@@ -326,7 +326,7 @@ class Engine:
             children.setdefault(parent, []).append((place, token_id, cumulative))
         for index, parent_sequence in enumerate(parents):
             if index not in children:
-                self.scheduler.discard(parent_sequence)  # first, so that its row is free for a twin
+                self.scheduler.discard(parent_sequence)  # first, since a fork may need the freed row
         placed: list[Sequence] = []
         for index, offspring in children.items():
             parent_sequence = parents[index]
@@ -364,10 +364,10 @@ class Engine:
             self.scheduler.finish(sequence, "stop")
         self._forget(request, "stop")
 
-    # ── Looking at it ─────────────────────────────────────────────────────────────────────────────
+    # ── Statistics and checks ─────────────────────────────────────────────────────────────────────
 
     def stats(self) -> EngineStats:
-        """A snapshot; cheap enough for ten times a second."""
+        """A snapshot; cheap enough to be taken ten times a second."""
         scheduler, info = self.scheduler, self.info
         host = scheduler.host_pool
         return EngineStats(
@@ -391,7 +391,7 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Prove the engine's invariants (AssertionError saying what is broken). For tests and idle times."""
+        """Check the engine's invariants; AssertionError names the broken one. For tests and idle times."""
         self.scheduler.check()
         known = {id(request) for request in self.scheduler.requests()}
         assert known == {id(request) for request in self._requests.values()}, (

@@ -3,7 +3,7 @@
 EngineError
 ├── ConfigError        a setting cannot work on this machine or with this model
 ├── RequestError       one request cannot be served; names the field, the limit and the remedy
-└── WorkerDied         a tensor-parallel worker went away; the engine cannot continue
+└── WorkerDied         a tensor-parallel worker process died; the engine cannot continue
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ MAX_IDLE_TENANTS = 4096
 
 
 class Queued(Protocol):
-    """What a queue needs to know of a request. ``arrival`` numbers are unique; older is smaller."""
+    """The attributes that a queued request must have. ``arrival`` is unique, and smaller for older ones."""
 
     @property
     def tenant(self) -> str: ...
@@ -32,14 +32,15 @@ R = TypeVar("R", bound=Queued)
 
 
 def order(request: Queued) -> tuple[int, int]:
-    """Sort key of service within one tenant: lower priority value first, then first come first served."""
+    """Sort key of service within one tenant: lower ``priority`` first, then earlier ``arrival`` first."""
     return request.priority, request.arrival
 
 
 class FairQueue(Generic[R]):
     """Waiting requests and the tenants' counters.
 
-    A tenant is *present* from ``arrive`` to ``leave`` of its last request, waiting or running.
+    A tenant is *present* while it has a request in the engine, waiting or running: from the first ``arrive``
+    to the last ``leave``.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ class FairQueue(Generic[R]):
                 del self._served[next(t for t in self._served if t not in self._present)]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """Tokens served to a present tenant (weighted by the caller)."""
+        """Add served tokens (weighted by the caller) to the counter of a present tenant."""
         self._served[tenant] += tokens
 
     def push(self, request: R) -> None:
@@ -80,7 +81,7 @@ class FairQueue(Generic[R]):
         self._size += 1
 
     def peek(self) -> R | None:
-        """The request to serve next: best priority, then least served tenant, then oldest."""
+        """The request to serve next: lowest ``priority``, then least served tenant, then oldest."""
         heads = [requests[0] for requests in self._waiting.values()]
         return min(heads, key=lambda r: (r.priority, self._served[r.tenant], r.arrival), default=None)
 

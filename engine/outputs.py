@@ -21,9 +21,10 @@ class TokenLogprob:
 class SequenceOutput:
     """New tokens of one choice of one request.
 
-    A request's last output has ``finish_reason`` set for each of its ``n`` choices. The token that
+    The last output of each of a request's ``n`` choices has ``finish_reason`` set. The token that
     stopped a sequence (end of text or a stop token id) is not in ``token_ids``. With
-    ``best_of > n`` and with beam search a choice is sent once, whole, when its rank is known.
+    ``best_of > n`` and with beam search the choices are ranked when all sequences have finished, so a
+    choice is then sent as one output.
     """
 
     request_id: str
@@ -38,7 +39,7 @@ class SequenceOutput:
 
 @dataclass(slots=True)
 class TierUsage:
-    """Blocks of one tier. free + cached + active == total; cached blocks can be taken any time."""
+    """Blocks of one tier (device or host). free + cached + active == total; cached blocks can be evicted."""
 
     total: int = 0
     free: int = 0
@@ -49,7 +50,7 @@ class TierUsage:
 
 @dataclass(slots=True)
 class HotPrefix:
-    """A cached chain of blocks that requests keep hitting. ``key`` is the last block's, in hex."""
+    """A cached chain of blocks that requests often hit. ``key`` is the key of its last block, in hex."""
 
     key: str
     tokens: int
@@ -58,7 +59,7 @@ class HotPrefix:
 
 @dataclass(slots=True)
 class EngineStats:
-    """A snapshot of the engine. Counters only grow; ``waiting``/``running`` count sequences' requests."""
+    """A snapshot of the engine. Counters only grow; ``running``, ``waiting`` and ``swapped`` are requests."""
 
     running: int = 0
     waiting: int = 0

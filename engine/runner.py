@@ -31,7 +31,7 @@ ALIGNMENT = 4  # int32 elements; Triton compiles another variant for pointers th
 
 
 class Runner:
-    """One rank's model, pool and table rows. ConfigError says which setting to change when it cannot load."""
+    """One rank's model, pool and block tables. If loading fails, ConfigError names the setting to change."""
 
     def __init__(self, config: EngineConfig, comm: Communicator | None = None) -> None:
         _check_settings(config)
@@ -89,7 +89,7 @@ class Runner:
             self.model_config, 1, self.model.shard.num_kv_heads, config.block_tokens
         )[1:]
         self.block_bytes = math.prod(self._block_shape) * self.dtype.itemsize
-        # One row for each running sequence, and a spare one for padding and rehearsals: always block 0.
+        # One row for each running sequence, and a spare one of zeros (block 0) for padding and rehearsals.
         width = -(-self.max_model_len // config.block_tokens)
         self._tables = torch.zeros((self.max_num_seqs + 1, width), dtype=torch.int32, device=self.device)
         self._comm.meet()
@@ -242,7 +242,7 @@ class Runner:
         return self.model.forward(token_ids.long(), places, slots, self.kv, batch, last.long())
 
     def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Where the KV of the tokens at ``positions`` int64 [T] of ``rows`` [T] lies -> int64 [T]."""
+        """Slots (block * block_tokens + offset) of ``positions`` int64 [T] in ``rows`` [T] -> int64 [T]."""
         blocks = self._tables[rows.long(), positions // self._block_tokens].long()
         return blocks * self._block_tokens + positions % self._block_tokens
 
@@ -252,7 +252,7 @@ class Runner:
         for array in arrays:
             places.append((total, total + len(array)))
             total += -(-len(array) // ALIGNMENT) * ALIGNMENT
-        # torch keeps pinned memory until the copy out of it is done, and then uses it again.
+        # No wait is needed: torch's allocator reuses pinned memory only after the copy from it is done.
         host = torch.empty(total, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         buffer = host.numpy()
         for array, (begin, end) in zip(arrays, places, strict=True):
@@ -272,16 +272,16 @@ class Runner:
 class Graphs:
     """CUDA graphs of pure decode steps, one for each padded batch size.
 
-    Replaying a graph costs one launch where a step has some ten kernels a layer. Padding sequences have
+    Replaying a graph costs one launch, instead of about ten kernel launches per layer. Padding sequences have
     a context of 0 and write to slot -1; they use the spare row of the tables. All graphs are captured at
-    start, the largest first, and share one memory pool: only one of them runs at a time.
+    start, the largest first. They share one memory pool, because only one of them runs at a time.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._sizes = sorted({min(size, runner.max_num_seqs) for size in GRAPH_SIZES})
         most = -(-self._sizes[-1] // ALIGNMENT) * ALIGNMENT
-        # Row, position (-1 for padding) and token of each sequence; the graphs read them here.
+        # Row, position (-1 for padding) and token of each sequence, at fixed addresses, as graphs require.
         self._inputs = torch.zeros((3, most), dtype=torch.int32, device=runner.device)
         self._inputs[0] = runner.max_num_seqs
         self._inputs[1] = -1
@@ -300,7 +300,7 @@ class Graphs:
             self._graphs[size] = graph, logits
 
     def fit(self, step: StepInput) -> bool:
-        """Whether a step is a decode of all its sequences, in order, and no more than were captured."""
+        """Whether a graph can run the step: all sequences are sampled decodes, no more than were captured."""
         count = len(step.rows)
         return 0 < count == step.num_decodes == len(step.sampled) and count <= self._sizes[-1]
 
@@ -379,7 +379,7 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch says so by its own exception on GPUs only."""
+    """torch raises its own exception only on GPUs; on a CPU only the message tells."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(

@@ -21,13 +21,13 @@ from torch import Tensor
 from .sampling_params import SamplingParams
 from .structured import Grammar
 
-NUCLEUS_CANDIDATES = 1024  # top-p looks at so many tokens before it sorts the whole vocabulary
+NUCLEUS_CANDIDATES = 1024  # top-k and top-p try this many best tokens before they sort the whole vocabulary
 _MASK = 2**64 - 1
 
 
 @dataclass(slots=True)
 class SamplingState:
-    """What the sampler knows of one sequence. ``output_ids`` is the sequence's own list and grows."""
+    """The sampler's input for one sequence. ``output_ids`` is the sequence's own list, which grows."""
 
     params: SamplingParams
     seed: int
@@ -58,7 +58,7 @@ class SamplingState:
 
 @dataclass(slots=True)
 class SampledToken:
-    """``logprob`` is of the model's own distribution; 0.0 unless asked for. ``top`` is best first."""
+    """``logprob`` is that of the unchanged logits, and 0.0 unless it was requested. ``top`` is best first."""
 
     token_id: int
     logprob: float = 0.0
@@ -85,7 +85,7 @@ class Sampler:
     def sample(self, logits: Tensor, states: list[SamplingState]) -> list[SampledToken]:
         """One token for each row. logits [S, V], any float dtype, on any device; they are not changed.
 
-        Synchronises with the device once for plain batches: that is how the tokens get out.
+        Plain batches synchronise with the device only to check for finite logits and to fetch the tokens.
         """
         if all(state._plain for state in states):
             return [SampledToken(token) for token in _finite(logits).argmax(-1).tolist()]
@@ -113,7 +113,7 @@ class Sampler:
     # ── Changing the distribution ─────────────────────────────────────────────────────────────────
 
     def _adjust(self, raw: Tensor, states: list[SamplingState]) -> Tensor:
-        """Bias, penalties, grammar and minimum length, in this order, on a copy if anything changes."""
+        """Apply bias, penalties, grammar and minimum length, in this order, to a copy if anything changes."""
         adjusted = raw
         for i, state in enumerate(states):
             if state._plain:
@@ -170,7 +170,7 @@ class Sampler:
         cumulative = probs.double().cumsum(-1)
         uniforms = [uniform(state.seed, len(state.output_ids)) for state in states]
         target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1)
-        # The first entry above the target: never one of zero probability, since those do not rise.
+        # The first entry above the target. It never has probability zero, where the sum does not rise.
         index = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)
         last = probs.shape[1] - 1 - (probs.flip(-1) > 0).int().argmax(-1, keepdim=True)
         return torch.minimum(index, last).squeeze(1)

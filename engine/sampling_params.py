@@ -1,4 +1,4 @@
-"""How the tokens of one request are chosen; checked once, where the request enters."""
+"""SamplingParams: how the tokens of one request are chosen; checked once, when the request enters."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The choices of one request.
+    """The sampling settings of one request.
 
     Greedy is ``temperature == 0``. ``best_of`` sequences are decoded and the ``n`` with the best
-    mean log-probability are returned. With ``beam_search`` the ``best_of`` is the beam width.
+    mean log-probability are returned. With ``beam_search``, ``best_of`` is the beam width.
     ``logprobs`` is how many alternatives to report per token (0: the chosen token alone, None:
-    nothing). ``top_k == 0`` and ``top_p == 1`` and ``min_p == 0`` switch those filters off.
+    nothing). ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` each switch their filter off.
     """
 
     max_tokens: int = 16
@@ -59,7 +59,7 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def check(self, *, vocab_size: int) -> None:
-        """Raise RequestError, naming field, limit and remedy, unless every value makes sense."""
+        """Raise RequestError, naming field, limit and remedy, unless every value is valid."""
 
         def bounded(name: str, low: float, high: float, *, open_low: bool = False) -> None:
             value = getattr(self, name)

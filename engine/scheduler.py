@@ -1,23 +1,22 @@
-"""The scheduler: which tokens of which sequences the next step computes, and what makes room for them.
+"""The scheduler: which tokens of which sequences the next step computes, and which requests are preempted.
 
-There is no prefill phase and no decode phase (as in vLLM): a sequence has tokens left to compute, and
-one budget of tokens a step is shared by all. A step is planned in three parts that read top to bottom
-in ``schedule``:
+There is no prefill phase and no decode phase (as in vLLM): each sequence has some tokens left to compute,
+and all sequences share one budget of tokens per step. ``schedule`` plans a step in three parts:
 
-1. *Serve* what is running: decodes first, then prefill chunks, while the pool can hold their growth.
-   Room is only counted here. When there is none, the request that comes last in service order is
-   preempted, whole: by recompute (drop the KV) or by swap (move it to the host tier).
-2. *Grow*: take the blocks that were counted, and split shared ones (copy-on-write).
-3. *Admit* preempted and then waiting requests, unless something was preempted in this very step. The
-   whole of a request's known tokens plus a watermark must fit, what running prefills were promised
-   included, so that admission never causes the next preemption.
+1. *Serve* the running requests: decodes first, then prefill chunks, while the pool has blocks for their
+   growth. Blocks are only counted here. If there are not enough, the request that is last in service order
+   is preempted with all its sequences: by recompute (drop the KV) or by swap (move it to the host tier).
+2. *Grow*: take the blocks that were counted, and copy shared blocks before a write (copy-on-write).
+3. *Admit* preempted requests, then waiting ones, unless a request was preempted in this step. The pool must
+   have blocks for all known tokens of the new request, for the tokens that running prefills have left, and
+   for a watermark. Otherwise the admission itself would cause the next preemption.
 
-Blocks are published to the prefix index as soon as the step that fills them is planned: a step writes
-each layer's KV before any of its queries reads that layer, so a request admitted in the same step may
-already hit them.
+Blocks are published to the prefix index as soon as the step that fills them is planned. A request admitted
+in the same step may already use them, because a step writes each layer's KV before any of its queries reads
+that layer.
 
-Every way out (finish, abort, preempt) goes through ``_vacate``, the single release of a sequence's
-resources; leaks in other engines came from having several.
+Every exit of a sequence (finish, abort, preempt) releases its resources through ``_vacate`` alone: several
+release paths are where other engines got leaks.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from .step import StepInput
 
 @dataclass(slots=True)
 class Chunk:
-    """``count`` tokens of one sequence from ``start``; with ``samples`` a token is drawn after the last."""
+    """``count`` tokens of one sequence from ``start``. If ``samples``, the next token is then sampled."""
 
     sequence: Sequence
     start: int
@@ -89,7 +88,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the scheduler may use. ``max_rows`` sequences on the device, ``max_batch_tokens`` a step."""
+    """The scheduler's limits: ``max_rows`` sequences on the device, ``max_batch_tokens`` tokens per step."""
 
     block_tokens: int
     max_rows: int
@@ -101,7 +100,7 @@ class Limits:
 
 
 class Scheduler:
-    """Owns the waiting and running requests, the runner's rows, and every reference to a block."""
+    """Owns the waiting, preempted and running requests, the runner's rows, and all references to blocks."""
 
     def __init__(self, limits: Limits, pool: BlockPool, host_pool: BlockPool | None = None) -> None:
         self.limits = limits
@@ -111,7 +110,7 @@ class Scheduler:
         self.preempted: list[Request] = []  # in service order; may hold HOST or WAITING sequences
         self.running: list[Request] = []  # in service order
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
-        self._reserved_rows = 0  # width of all running requests
+        self._reserved_rows = 0  # sum of the widths of all running requests
         self._watermark = ceil(len(pool) * limits.watermark)
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -181,7 +180,7 @@ class Scheduler:
         self.waiting.leave(request.tenant)
 
     def fork(self, parent: Sequence, twin: Sequence) -> None:
-        """Start a twin of a running sequence: it shares all blocks, the half-filled last one too."""
+        """Start a twin of a running sequence. It shares all blocks, including the half-filled last one."""
         self.pool.share(twin.blocks)
         twin.row = self._free_rows.pop()
         parent.request.live.append(twin)
@@ -218,8 +217,8 @@ class Scheduler:
     def _serve(self, plan: Schedule) -> tuple[dict[Sequence, tuple[int, int]], int]:
         """Choose how many tokens each running sequence gets, preempting until their growth fits.
 
-        Returns (tokens, blocks) of each sequence, in the order in which they are to grow, and what is left
-        of the budget.
+        Returns (tokens, new blocks) of each sequence, in the order in which they must grow, and the budget
+        that is left.
         """
         wanted: dict[Sequence, tuple[int, int]] = {}
         copies: Counter[int] = Counter()  # how many sequences will have copied a shared block in this step
@@ -228,7 +227,7 @@ class Scheduler:
         asks = [ask for request in self.running for ask in self._asks(request)]
         asks.sort(key=lambda ask: sum(count for _, count in ask) > len(ask))  # decodes before prefills
         for ask in asks:
-            if len(ask) > budget or ask[0][0].place is not Place.DEVICE:  # preempted a moment ago
+            if len(ask) > budget or ask[0][0].place is not Place.DEVICE:  # preempted earlier in this loop
                 continue
             chosen = [(sequence, min(count, budget)) for sequence, count in ask]
             growth = [self._growth(sequence, count, copies) for sequence, count in chosen]
@@ -262,10 +261,10 @@ class Scheduler:
         return [[(sequence, 1) for sequence in ready]]
 
     def _adopt(self, sequence: Sequence) -> bool:
-        """After a preemption by recompute, let siblings share the prompt that the first one recomputes.
+        """After a preemption by recompute, let siblings share the prompt that the first sequence recomputes.
 
-        Without this, n sequences would need n times the prompt's blocks, which may not exist. Returns
-        whether the sequence can go on now.
+        Otherwise n sequences would need the prompt's blocks n times, and the pool may not have so many.
+        Returns whether the sequence can be computed now; a sibling must wait for the shared blocks.
         """
         leader = sequence.request.live[0]
         if sequence is leader or sequence.blocks:
@@ -299,7 +298,7 @@ class Scheduler:
         return new + 1
 
     def _shared_tail(self, sequence: Sequence) -> int | None:
-        """Index of the half-filled block, if a sibling shares it and it is about to be written."""
+        """Index of the half-filled block that the next token is written to, if a sibling shares it."""
         index, offset = divmod(sequence.num_computed, self.limits.block_tokens)
         if offset and self.pool.references(sequence.blocks[index]) > 1:
             return index
@@ -343,7 +342,7 @@ class Scheduler:
     # ── Preemption ────────────────────────────────────────────────────────────────────────────────
 
     def _preempt(self, plan: Schedule, request: Request) -> None:
-        """Take a running request off the device; it comes back before anything new is admitted."""
+        """Take a running request off the device. It is admitted again before waiting ones of its priority."""
         self.running.remove(request)
         self._reserved_rows -= request.width
         plan.preempted += 1
@@ -355,7 +354,7 @@ class Scheduler:
         insort(self.preempted, request, key=order)
 
     def _swap_out(self, plan: Schedule, request: Request) -> bool:
-        """Move the request's KV to host blocks, each shared block once. False if the host is full."""
+        """Move the request's KV to host blocks, copying a shared block once. False if the host is full."""
         if self.host_pool is None:
             return False
         used = {
@@ -376,7 +375,7 @@ class Scheduler:
         return True
 
     def _swap_in(self, plan: Schedule, request: Request) -> None:
-        """Bring a request's KV back; blocks that are still cached on the device are not copied."""
+        """Copy a request's KV back to the device, except blocks that are still cached there."""
         assert self.host_pool is not None
         place: dict[int, int] = {}  # host block -> device block
         for sequence in request.live:
@@ -390,8 +389,8 @@ class Scheduler:
                     (place[host_block],) = self.pool.take(1)
                     plan.swap_in.append((host_block, place[host_block]))
                 sequence.blocks.append(place[host_block])
-            # The copies run before any later swap-out could write these host blocks again: nothing is
-            # preempted in a step that admits.
+            # The host blocks can be released before the copies run: no later swap-out can overwrite them
+            # first, because a step that admits requests preempts none.
             self.host_pool.release(sequence.host_blocks)
             sequence.host_blocks = []
             sequence.place = Place.DEVICE
@@ -401,14 +400,14 @@ class Scheduler:
     def _reusable(self, sequence: Sequence) -> int:
         """How many of a sequence's first blocks need not be computed or copied if they are cached.
 
-        One token is always left to compute, since it gives the logits; from the host comes no more than
-        was computed.
+        At least one token is left to compute, because only a computed token gives logits. A swapped sequence
+        reuses at most the blocks that it had computed.
         """
         tokens = sequence.num_computed if sequence.place is Place.HOST else len(sequence.token_ids) - 1
         return tokens // self.limits.block_tokens
 
     def _cached_prefix(self, sequence: Sequence, num_blocks: int) -> list[int]:
-        """Device blocks whose content is that of the sequence's first blocks, at most ``num_blocks``."""
+        """Device blocks with the same content as the sequence's first blocks, at most ``num_blocks``."""
         if not self.limits.prefix_cache or num_blocks <= 0:
             return []
         return self.pool.find(sequence.extend_keys(num_blocks, self.limits.block_tokens))
@@ -435,7 +434,7 @@ class Scheduler:
         return fresh
 
     def _demand(self, request: Request) -> int:
-        """Blocks that a request not yet running takes from ``available`` until its tokens are computed."""
+        """Blocks that a request, once admitted, takes from ``available`` until its tokens are computed."""
         shared = len(request.prompt_ids) // self.limits.block_tokens
         total = 0
         for position, sequence in enumerate(request.live):
@@ -448,7 +447,7 @@ class Scheduler:
         return total
 
     def _promised(self, request: Request) -> int:
-        """Blocks that a running request still takes until its known tokens are computed."""
+        """Blocks that a running request will still take until all its known tokens are computed."""
         shared = len(request.prompt_ids) // self.limits.block_tokens
         return sum(
             self._blocks_for(len(s.token_ids)) - (len(s.blocks) or (shared if i else 0))
@@ -481,7 +480,7 @@ class Scheduler:
         return budget
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Start after the longest cached prefix."""
+        """Let the sequence start after its longest cached prefix."""
         known = self._cached_prefix(sequence, self._reusable(sequence))
         self.pool.share(known)
         sequence.blocks = list(known)
@@ -494,7 +493,7 @@ class Scheduler:
             if known:
                 self.pool.record_hit(known[-1])
 
-    # ── Looking at it ─────────────────────────────────────────────────────────────────────────────
+    # ── State and checks ──────────────────────────────────────────────────────────────────────────
 
     @property
     def has_work(self) -> bool:
@@ -504,7 +503,7 @@ class Scheduler:
         return [*self.running, *self.preempted, *self.waiting]
 
     def check(self) -> None:
-        """Prove that every block, row and request is where it should be (AssertionError if not)."""
+        """Check that every block, row and request is where it should be; AssertionError if not."""
         bt = self.limits.block_tokens
         owners: Counter[int] = Counter()
         host_owners: Counter[int] = Counter()

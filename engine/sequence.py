@@ -1,4 +1,4 @@
-"""Requests and their sequences: what is being decoded, how far it is, and which blocks hold it.
+"""Requests and their sequences: the tokens, how many of them are computed, and which blocks hold their KV.
 
 A request is what a client sent; it decodes one sequence, or several that start with the same prompt
 (``best_of``, beams). A sequence owns its tokens and the lists of its blocks; the blocks themselves
@@ -29,12 +29,12 @@ class Place(Enum):
 
 
 class Sequence:
-    """One line of text being decoded.
+    """One continuation of a prompt that is being decoded.
 
-    ``token_ids`` is the prompt and all output; the KV of the first ``num_computed`` is in blocks, and
-    the rest is to be computed: at least one token until the sequence is gone. ``keys`` are the block
-    keys of the chain as far as they were needed, ``num_published`` of them offered to the pool.
-    ``rows_sent`` counts the entries of ``blocks`` that the runner's table row knows.
+    ``token_ids`` is the prompt and all output. The KV of the first ``num_computed`` tokens is in blocks; the
+    others, at least one until the sequence is gone, are still to be computed. ``keys`` are the keys of the
+    first blocks, computed as far as they were needed; the first ``num_published`` blocks are published in
+    the pool. ``rows_sent`` is how many entries of ``blocks`` were sent to the runner's block table.
     """
 
     __slots__ = (
@@ -102,7 +102,7 @@ class Sequence:
         return self.keys[:num_blocks]
 
     def fork(self, index: int, sampling: SamplingState) -> Sequence:
-        """A twin that shares this sequence's past. The scheduler gives it its row and its references."""
+        """A twin with the same tokens and blocks. The scheduler adds its row and its references to blocks."""
         twin = Sequence(self.request, index, sampling)
         twin.token_ids = list(self.token_ids)
         twin.num_computed = self.num_computed
@@ -117,7 +117,7 @@ class Sequence:
 
 
 class Request:
-    """One prompt and its choices. ``arrival`` numbers requests in the order in which they came."""
+    """One prompt and its choices. ``arrival`` numbers the requests in their order of arrival."""
 
     __slots__ = (
         "arrival",
@@ -159,10 +159,10 @@ class Request:
 
     @property
     def width(self) -> int:
-        """How many sequences it may decode at once: it holds as many runner rows while it runs."""
+        """How many sequences it may decode at once. A running request reserves this number of runner rows."""
         return self.params.best_of
 
     @property
     def holds_back(self) -> bool:
-        """Whether choices are known, and so sent, only when all sequences have finished."""
+        """Whether choices are ranked, and therefore output, only when all sequences have finished."""
         return self.beam is not None or self.params.best_of > self.params.n

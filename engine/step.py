@@ -1,9 +1,9 @@
-"""What one step of the engine asks of the model: the only thing that crosses from scheduler to runner.
+"""StepInput: all the data that the scheduler hands to the runner for one step.
 
-The scheduler decides with Python objects; the runner, and every tensor-parallel worker, sees only
-these flat integer arrays. They are small diffs against the runner's stable rows (a sequence keeps one
-row for its whole time on the device), so that nothing is rebuilt that did not change, and one message
-a step is all that workers need (vLLM's central scheduler, SOSP'23 section 4.6).
+The scheduler works with Python objects; the runner, and every tensor-parallel worker, gets only these
+flat integer arrays. They contain only what changed: a sequence keeps one row of the runner's block tables
+while it is on the device, so unchanged entries are not sent again, and workers need only one small message
+per step (vLLM's central scheduler, SOSP'23 section 4.6).
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class StepInput:
 
 
 class StepRunner(Protocol):
-    """Whatever carries steps out: one device, or several under tensor parallelism. Sizes are as loaded."""
+    """The interface that carries out steps: on one device, or on several under tensor parallelism.
+
+    The sizes are those after loading, when every setting that was None has been decided.
+    """
 
     layout_digest: str
     dtype: torch.dtype
@@ -83,4 +86,4 @@ class StepRunner(Protocol):
         """Carry out one step -> logits [L, V] of ``step.sampled``, None if there are none."""
 
     def close(self) -> None:
-        """Give everything back; workers have ended when this returns."""
+        """Free all memory and end all worker processes before returning."""

@@ -1,8 +1,8 @@
-"""Grammars that an output must follow: JSON, or JSON of one schema, by llguidance's token masks.
+"""Grammars that an output must follow: any JSON object, or JSON of one schema, by llguidance's token masks.
 
 llguidance builds its automaton lazily, so a schema costs microseconds to a few milliseconds when the
-request arrives and no schema can stall the engine for seconds. It is imported on first use: a machine
-without it serves everything else.
+request arrives, and no schema can stall the engine for seconds. It is imported on first use, so that a
+machine without it can serve all requests that need no grammar.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Grammar:
         self.finished = False
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next, bool [V]. At a dead end only the end of text is left."""
+        """Which tokens may come next, bool [V]. If the grammar allows none, only end of text is allowed."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         mask = np.zeros(self._vocab_size, dtype=bool)
         known = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the other ranks as processes of their own, under the one central scheduler.
+"""Tensor parallelism: runs every rank other than 0 as a worker process, under the one central scheduler.
 
 Rank 0 is in the engine's process and is an ordinary Runner. Each step is sent once to every worker, as one
 message over a pipe; inside the forward pass ranks only sum activations (gloo on CPUs, NCCL on GPUs). What
@@ -51,9 +51,9 @@ OnDeath = Callable[[WorkerDied], None]
 
 
 def load_runner(config: EngineConfig, on_death: OnDeath | None = None) -> StepRunner:
-    """The runner a config asks for: on this process alone, or with tensor-parallel workers.
+    """The runner for a config: in this process alone, or with tensor-parallel workers.
 
-    ``on_death`` is called, from another thread, if a worker dies once it has loaded.
+    ``on_death`` is called, from another thread, if a worker dies after all ranks have loaded.
     """
     if config.tensor_parallel < 1:
         raise ConfigError(f"tensor_parallel is {config.tensor_parallel}; it must be at least 1")
@@ -86,7 +86,7 @@ class _Group:
 
 
 class Leader(_Group):
-    """Rank 0's communicator. ``together`` is set while the ranks compute and so wait for each other."""
+    """Rank 0's communicator. ``together`` is True while rank 0 may be waiting in a collective."""
 
     def __init__(self, pipes: list[Connection], *, cuda: bool) -> None:
         super().__init__(0, len(pipes) + 1, cuda=cuda)
@@ -170,9 +170,9 @@ class _Worker:
 
 
 class ParallelRunner:
-    """A Runner for rank 0 and the processes of all other ranks, behind a Runner's interface.
+    """The runner of a tensor-parallel engine: a Runner for rank 0 and a worker process for each other rank.
 
-    ConfigError or WorkerDied if one of them cannot load.
+    ConfigError or WorkerDied if one of the ranks cannot load.
     """
 
     def __init__(self, config: EngineConfig, on_death: OnDeath | None = None) -> None:
@@ -203,7 +203,7 @@ class ParallelRunner:
             self._group.collect()  # each worker reports once more that it is ready
             self._group.together = False
             self._loaded = True
-            if self._dead.is_set():  # before ``on_death`` would have been called
+            if self._dead.is_set():  # _watch saw this death before _loaded was set, and did not call on_death
                 raise WorkerDied("a tensor-parallel worker died as soon as it had loaded")
         except BaseException as error:
             cause = self._blame(error)
@@ -224,7 +224,7 @@ class ParallelRunner:
         self.host_blocks = runner.host_blocks
 
     def _watch(self, worker: _Worker) -> None:
-        """Notice a dead worker at once; end the process if it is stuck in a collective with it."""
+        """Wait for a worker to die; then end this process if it stays stuck in a collective with it."""
         code = worker.process.wait()
         if self._closed:
             return
@@ -255,7 +255,7 @@ class ParallelRunner:
         return WorkerDied(f"tensor-parallel ranks died: {', '.join(dead)}")
 
     def execute(self, step: StepInput) -> Tensor | None:
-        """As Runner.execute, on all ranks. WorkerDied if one of them is gone; the engine cannot go on."""
+        """As Runner.execute, on all ranks. WorkerDied if a worker has died: the engine cannot continue."""
         try:
             if self._closed or self._dead.is_set():
                 raise WorkerDied("a tensor-parallel worker has died; start the engine anew")
@@ -292,7 +292,7 @@ class ParallelRunner:
 def _start(config: EngineConfig, rank: int, *, cuda: bool) -> _Worker:
     ours, theirs = socket.socketpair()
     with theirs:
-        # -P: the current folder must not stand in for installed packages.
+        # -P: a file in the current folder must not shadow an installed package.
         command = [sys.executable, "-P", "-m", "blockyard.engine.workers", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     pipe = Connection(ours.detach())
@@ -303,7 +303,7 @@ def _start(config: EngineConfig, rank: int, *, cuda: bool) -> _Worker:
 
 
 def main(fd: int) -> None:
-    """A worker process: load the shard, then compute each step that comes, until the pipe ends."""
+    """A worker process: load the shard, then compute each step that arrives, until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides when to stop
     pipe = Connection(fd)

@@ -13,8 +13,8 @@ class PagedBatch:
 
     Sequence ``s`` owns the query rows ``query_starts[s]:query_starts[s+1]`` and the KV of
     ``context_lens[s]`` tokens (this step's tokens included); its block ids are
-    ``block_tables[rows[s]]``. Rows are stable over a sequence's life, so tables are never copied:
-    a step only writes the ids that were added. A sequence with no query rows or ``context_lens``
+    ``block_tables[rows[s]]``. A sequence keeps its row while it is on the device, so a step writes only
+    the new block ids and never copies the tables. A sequence with no query rows or with ``context_lens``
     0 is padding and is skipped. The first ``num_decodes`` sequences have exactly one query row
     (padding may stand among them); the others have any number.
     """

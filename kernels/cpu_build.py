@@ -34,7 +34,7 @@ _ops: Any = torch.ops
 def load() -> bool:
     """Make ``torch.ops.blockyard`` available; False, after one warning, if it cannot be built here.
 
-    BLOCKYARD_CPU_KERNELS=reference asks for plain torch, =compiled makes a failing build an error.
+    BLOCKYARD_CPU_KERNELS=reference returns False at once; =compiled raises RuntimeError if the build fails.
     """
     choice = os.environ.get(CHOICE, "auto")
     if choice not in ("auto", "compiled", "reference"):
@@ -90,7 +90,11 @@ def _fingerprint() -> str:
 
 
 def _cpu() -> str:
-    """What -march=native depends on; a cache folder may be shared by different machines."""
+    """The CPU's feature flags, on which -march=native depends.
+
+    They are part of the file name because machines with different CPUs may share one cache folder: a library
+    from another machine could contain instructions that this CPU lacks.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -99,7 +103,10 @@ def _cpu() -> str:
 
 
 def _build_once(library: Path) -> None:
-    """Build, unless another process just did: the ranks of a tensor-parallel engine start together."""
+    """Build under a lock, unless another process built it meanwhile.
+
+    The ranks of a tensor-parallel engine start together, and each would build the same library.
+    """
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(library.with_suffix(".lock")).acquire(timeout=LOCK_SECONDS)
@@ -143,7 +150,7 @@ def _build(library: Path) -> None:
 
 @contextmanager
 def _own_ninja() -> Iterator[None]:
-    """Let torch find the ninja beside this Python, also where its environment is not activated."""
+    """Put this Python's folder on PATH, so that torch finds its ninja without an activated environment."""
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     try:

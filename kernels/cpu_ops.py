@@ -1,4 +1,4 @@
-"""The CPU implementation of every operation: the compiled one where there is one, else the reference."""
+"""The CPU implementation of every operation: compiled C++ where it exists and builds, else the reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def name() -> str:
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Pack a weight [N, K] into the order in which it will be read. The caller drops the original."""
+    """Pack a weight [N, K] into the order in which ``linear`` reads it. The caller can drop the original."""
     if load() and weight.dtype == torch.float32:
         return _ops.pack_linear(weight), bias, weight.shape[0]
     return weight, bias, weight.shape[0]

@@ -1,8 +1,9 @@
 """Every operation of this floor in plain torch: the definition that all faster implementations are tested
 against.
 
-Written to be read. Works on any device. Sums are in float32, and so are the parts of attention; float64
-inputs are computed and returned in float64, which is what float32 implementations are tested against.
+Written to be read, not to be fast. Works on any device. Sums and the parts of attention are in float32.
+float64 inputs are computed and returned in float64, so that float32 implementations can be tested against
+more exact results.
 
 KV is block-major: the pool is ``[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]`` and an operation
 gets one layer of it, ``pool[:, layer]``: ``[num_blocks, 2, kv_heads, block_tokens, head_dim]``, a strided
@@ -29,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``residual += x`` in place, then the norm of it. x, residual [T, D] -> [T, D]."""
+    """``residual += x`` in place, then the norm of the residual. x, residual [T, D] -> [T, D]."""
     residual += x
     return rms_norm(residual, weight, eps)
 
@@ -41,7 +42,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """Rotate halves (Su et al., RoFormer; the layout of Llama checkpoints).
+    """Rotary position embedding: rotate the two halves of each head against each other.
+
+    Source: Su et al., RoFormer, in the layout of Llama checkpoints.
 
     x [T, H, D], positions int [T], cos and sin float32 [max_positions, D / 2] -> [T, H, D].
     """
@@ -67,8 +70,8 @@ def rope_and_write_kv(
     """Norm (Qwen3's per-head q and k norm, if given) and rotate q and k; write k and v to their slots.
 
     qkv [T, (num_heads + 2 * kv_heads) * head_dim]; kv: one layer of the pool; slots int64 [T] =
-    block * block_tokens + offset, -1 writes nothing (padding). Returns q [T, num_heads, head_dim],
-    which may or may not share memory with qkv; qkv's contents are undefined afterwards.
+    block * block_tokens + offset, -1 writes nothing (padding). Returns q [T, num_heads, head_dim].
+    q may share memory with qkv, and qkv may be overwritten: callers must not read qkv afterwards.
     """
     _, _, kv_heads, _, head_dim = kv.shape
     heads = qkv.view(-1, num_heads + 2 * kv_heads, head_dim)
@@ -110,9 +113,10 @@ def paged_attention_partial(
     q [T, heads, head_dim] (rows may be strided), kv one layer of the pool. Returns unnormalised
     output [T, heads, head_dim], row maximum [T, heads] (of scaled scores) and sum of exponentials
     [T, heads], in float32. Rows of padding, or with no visible key, get (0, -inf, 0).
-    With ``causal`` the last query row of a sequence sees all its ``context_lens`` tokens, the one
-    before it one less, and so on; without, every row sees all of them (a lent range lies wholly in
-    the past). Source of the split: DistAttention (Infinite-LLM, arXiv 2401.02669).
+    With ``causal`` the last query row of a sequence sees all its ``context_lens`` tokens, the row
+    before it one less, and so on. Without ``causal`` every row sees all of them: this is for a range of
+    KV that another instance holds, where all keys precede all queries.
+    Source of the split: DistAttention (Infinite-LLM, arXiv 2401.02669).
     """
     tokens, heads, head_dim = q.shape
     q = _acc(q)
@@ -142,7 +146,7 @@ def paged_attention_partial(
 
 
 def paged_attention(q: Tensor, kv: Tensor, batch: PagedBatch, *, scale: float) -> Tensor:
-    """Causal attention of each sequence's queries over its paged context: decode, prefill and chunks.
+    """Causal attention of each sequence's queries over its paged context, for decode and prefill chunks.
 
     q [T, heads, head_dim] -> [T, heads, head_dim] in q's dtype; rows of padding are 0. PagedAttention
     (arXiv 2309.06180); heads that share a KV head are consecutive.
@@ -165,10 +169,10 @@ def merge_partials(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtyp
 
 
 def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
-    """Copy whole slabs between pools of the same block shape (or within one).
+    """Copy whole blocks between pools of the same block shape, or within one pool.
 
-    source, destination [num_blocks, ...]; pairs int64 [N, 2] on the CPU, (from, to). No block is
-    both read and written by one call. Used for copy-on-write, swap and defragmentation.
+    source, destination [num_blocks, ...]; pairs int64 [N, 2] on the CPU, (from, to). The caller must not
+    read and write the same block in one call. Used for copy-on-write, swap and defragmentation.
     """
     if pairs.numel():
         read, write = pairs[:, 0], pairs[:, 1]

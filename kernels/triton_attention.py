@@ -1,17 +1,18 @@
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,misc"
 """Attention over paged KV in Triton: decode, prefill chunks, and the exact merge of their parts.
 
-One program owns a tile of rows that read the same KV head: queries x the heads of one group, packed, so
-that a block is read once for the whole group and the tensor cores have rows to multiply (on CUDA cores a
-group's decode stays below half of the bandwidth: FlashInfer). It walks over its keys with the online
-softmax of FlashAttention (arXiv 2205.14135), in tiles whose size is independent of the block size.
+One program computes a tile of rows that read the same KV head. The rows are queries x the heads of one
+group: packed in this way, each block is read once for the whole group, and there are enough rows for tensor
+cores (on CUDA cores a group's decode stays below half of the bandwidth: FlashInfer). The program iterates
+over its keys with the online softmax of FlashAttention (arXiv 2205.14135), in tiles whose size is
+independent of the block size.
 
 The keys of a tile of rows can be cut into splits that run in parallel (Flash-Decoding) and are merged
-exactly by their (unnormalised output, maximum, sum). The grid depends on the number of sequences, rows and
-heads alone; lengths are read on the device, and a split with no keys has nothing to do. So a captured CUDA
-graph serves every step of its batch size, and its splits' scratch belongs to the graph's memory pool.
-("The Anatomy of a Triton Attention Kernel", arXiv 2511.11581: static grid, group packing, specialisation
-by a small table where run-time autotuning was slower.)
+exactly by their (unnormalised output, maximum, sum). The grid depends only on the number of sequences, rows
+and heads; lengths are read on the device, and a split with no keys stores an empty part. Therefore one
+captured CUDA graph serves every step of its batch size. The splits' scratch memory belongs to the graph's
+memory pool. ("The Anatomy of a Triton Attention Kernel", arXiv 2511.11581: static grid, group packing,
+specialisation by a small table where run-time autotuning was slower.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .triton_device import Device, device_of, dot_type
 __all__ = ["merge_partials", "paged_attention", "paged_attention_partial"]
 
 LOG2_E = math.log2(math.e)
-MIN_SPLIT_TOKENS = 256  # below this, a split's start and its scratch cost more than its keys
+MIN_SPLIT_TOKENS = 256  # with fewer keys, starting a split and writing its scratch costs more than it saves
 MAX_SPLITS = 64
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -41,7 +42,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One specialisation of the attention kernel, and into how many parts it cuts the keys."""
+    """One specialisation of the attention kernel: its tile sizes and the number of splits of the keys."""
 
     block_m: int  # rows of a program: queries x packed heads
     block_n: int  # keys of a tile; a power of two that divides MIN_SPLIT_TOKENS
@@ -50,24 +51,25 @@ class Plan:
     splits: int  # a power of two
 
     def packing(self, group: int) -> tuple[int, int]:
-        """Heads packed into one program, and the programs that this makes of a group of heads."""
+        """(heads packed into one program, programs needed for one group of heads)."""
         tiles = -(-group // self.block_m)
         return -(-group // tiles), tiles
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below ``number``."""
+    """The smallest power of two that is at least ``number``."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def _padded(head_dim: int) -> int:
-    """The width of a tile of heads: a power of two, and what a tensor core takes at the least."""
+    """``head_dim`` padded to a power of two of at least 16, the least that a tensor core multiplies."""
     return max(16, _power_of_two(head_dim))
 
 
 def _fitted(plan: Plan, row_bytes: int, device: Device) -> Plan:
-    """The plan, with fewer keys a tile where shared memory would not hold its tiles."""
-    buffers = plan.num_stages // 2 + (plan.block_m >= 64)  # warp-group products read K and V in place
+    """The plan, with fewer keys per tile if its tiles would not fit into shared memory."""
+    # From 64 rows on, warp-group products read K and V from shared memory, which takes one more buffer.
+    buffers = plan.num_stages // 2 + (plan.block_m >= 64)
     while plan.block_n > 16:
         tiles = (buffers * 2 * plan.block_n + plan.block_m) * row_bytes + 4 * plan.block_m * plan.block_n
         if tiles <= device.shared_memory:
@@ -79,15 +81,15 @@ def _fitted(plan: Plan, row_bytes: int, device: Device) -> Plan:
 def decode_plan(
     sequences: int, kv_heads: int, group: int, head_dim: int, itemsize: int, device: Device
 ) -> Plan:
-    """One query row a sequence: bound by reading KV.
+    """The plan for sequences with one query row each, whose speed is limited by reading KV.
 
     Rows: 16, the least that a tensor core takes, or the group (vLLM's unified kernel). Keys: 16 or 32 KiB
-    of K and V a tile (SGLang: 64 keys, 32 when grouped; vLLM on wide heads: more warps, fewer keys in
-    flight). Stages: block ids are fetched a step ahead of the keys they lead to, so every second stage is a
-    buffer of K and V; two or three of them keep enough bytes in flight when few programs share a
-    multiprocessor. Splits: enough programs for some waves over the device, and never fewer than 4, because
-    one long sequence among many short ones would otherwise run alone at the end (vLLM falls to half its
-    speed there).
+    of K and V per tile (SGLang: 64 keys, 32 when grouped; vLLM on wide heads: more warps, fewer keys in
+    flight). Stages: block ids are loaded one step before the keys that they locate, so only every second
+    pipeline stage holds a buffer of K and V; two or three buffers keep enough bytes in flight when few
+    programs share a multiprocessor. Splits: enough programs for several waves over the device, and never
+    fewer than 4: otherwise one long sequence among many short ones would run alone at the end (vLLM falls to
+    half its speed there).
     """
     row_bytes = _padded(head_dim) * itemsize
     block_m = 16 if itemsize == 4 else min(64, max(16, _power_of_two(group)))
@@ -102,13 +104,14 @@ def decode_plan(
 def prefill_plan(
     tokens: int, sequences: int, kv_heads: int, group: int, head_dim: int, itemsize: int, device: Device
 ) -> Plan:
-    """Any number of query rows a sequence: bound by multiplying, except where there are few of them.
+    """The plan for any number of query rows per sequence, limited by multiplication unless rows are few.
 
-    Rows and keys: 128 x 64 with 8 warps up to head dim 128, 64 x 64 above (SGLang on Hopper); fewer rows
-    where the mean sequence brings fewer or the device would not be filled ("Anatomy": 64 for long queries,
-    16 for short ones). float32 multiplies without tensor cores, whose tiles would spill its registers.
-    Splits: only where the rows alone leave multiprocessors idle, as a short chunk after a long cached
-    prefix does (vLLM without them: 40 times slower on 2 to 8 rows).
+    Rows and keys: 128 x 64 with 8 warps up to head dim 128, 64 x 64 above (SGLang on Hopper). Fewer rows if
+    the mean sequence has fewer, or if large tiles would make too few programs to fill the device ("Anatomy":
+    64 for long queries, 16 for short ones). float32 is multiplied without tensor cores and takes smaller
+    tiles, because the larger ones would spill registers. Splits: only if the rows alone would leave
+    multiprocessors idle, for example a short chunk after a long cached prefix (vLLM without splits: 40 times
+    slower on 2 to 8 rows).
     """
     block_d = _padded(head_dim)
     rows = -(-tokens // max(1, sequences)) * group
@@ -154,12 +157,12 @@ def _walk(
     HEAD_DIM: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Take the keys begin to end of one KV head into the running softmax of a tile of rows."""
+    """Add keys ``begin`` to ``end`` of one KV head to the running softmax of a tile of rows."""
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         tokens = start + columns
-        if BLOCK_TOKENS % BLOCK_N == 0:  # tiles start on multiples of their size: this one is in one block
+        if BLOCK_TOKENS % BLOCK_N == 0:  # tiles start on multiples of BLOCK_N, so a tile lies in one block
             block = tl.load(table + start // BLOCK_TOKENS).to(tl.int64)
             offsets = block * stride_block + (tokens % BLOCK_TOKENS) * stride_token
         else:
@@ -185,7 +188,7 @@ def _walk(
             visible = (tokens[None, :] <= last_visible[:, None]) & (tokens < end)[None, :]
             scores = tl.where(visible, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        # A row that has seen no key yet keeps -inf, and -inf minus -inf is no number.
+        # A row that has seen no key yet has maximum -inf; anchor 0 avoids -inf minus -inf, which is NaN.
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.exp2(scores - anchor[:, None])
         shrink = tl.exp2(row_max - anchor)
@@ -211,7 +214,7 @@ def _store(
     HEAD_DIM: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """Write rows [M] to their places: divided by their sums, or as parts with maximum and sum."""
+    """Store the output rows [M]: divided by their sums, or unnormalised together with maximum and sum."""
     dims = tl.arange(0, BLOCK_D)
     if NORMALISE:
         accumulator = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -235,13 +238,13 @@ def attention_kernel(
     query_starts,  # int32 [num_sequences + 1]
     context_lens,  # int32 [num_sequences]
     out,  # [tokens, heads, splits, HEAD_DIM]
-    out_max,  # float32 [tokens, heads, splits], of scores in units of log2 times max_unit
+    out_max,  # float32 [tokens, heads, splits]: maximum of the base-2 scores, times max_unit
     out_sum,  # float32 [tokens, heads, splits]
-    scale,  # of scores, times log2(e)
+    scale,  # the scale of scores times log2(e), since the kernel uses exp2
     max_unit,
     tokens,
-    first_sequence,  # those before it are another launch's
-    last_sequence,  # and so are those from it on, if there are any
+    first_sequence,  # this launch serves the sequences from here
+    last_sequence,  # to here, exclusive; another launch serves the others
     stride_q_token,
     stride_q_head,
     stride_block,
@@ -249,13 +252,13 @@ def attention_kernel(
     stride_kv_head,
     stride_token,
     stride_table,
-    DECODE: tl.constexpr,  # at most one query row a sequence, sequence = program
+    DECODE: tl.constexpr,  # at most one query row per sequence; program i serves sequence first_sequence + i
     CAUSAL: tl.constexpr,
     NORMALISE: tl.constexpr,
-    TAIL: tl.constexpr,  # this launch also zeroes the rows behind the last sequence
+    TAIL: tl.constexpr,  # this launch also zeroes the padding rows after the last sequence
     MIN_SPLIT: tl.constexpr,
     GROUP: tl.constexpr,  # heads that share a KV head
-    PACKED: tl.constexpr,  # of them in one program
+    PACKED: tl.constexpr,  # how many of these heads one program handles
     HEAD_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -264,9 +267,10 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """A tile of one sequence's rows times one split of their keys.
+    """Attention of a tile of one sequence's rows over one split of their keys.
 
-    Grid: (sequences of a decode, or tokens // queries of a tile + sequences; KV heads x head tiles; splits).
+    Grid: (x, KV heads x head tiles, splits), where x is the number of sequences for decodes, else
+    tokens // queries per tile + sequences.
     """
     QUERIES: tl.constexpr = 1 if DECODE else BLOCK_M // PACKED
     split = tl.program_id(2)
@@ -299,8 +303,9 @@ def attention_kernel(
         sequence = first_sequence + tl.program_id(0)
         first_query = 0
     else:
-        # Every sequence has a tile more than the whole ones that start in it; the last tiles, which have the
-        # most keys, go first.
+        # A sequence's first tile is (query rows before it) // QUERIES + (sequences before it). Binary search
+        # in query_starts finds the sequence of a tile without reading lengths on the host. Some sequences get
+        # a tile too many, which returns below. The last tiles go first, because they have the most keys.
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
         origin = tl.load(query_starts + first_sequence)
         low = first_sequence
@@ -337,7 +342,7 @@ def attention_kernel(
     end = tl.minimum(visible, begin + share)
 
     indices = (row * heads + head) * splits + split
-    if begin >= end:  # the merge reads no output where the maximum is -inf
+    if begin >= end:  # no keys: a maximum of -inf makes the merge skip this split
         _store(
             out, out_max, out_sum, accumulator, row_max, row_sum, indices, is_row, max_unit,
             BLOCK_D, HEAD_DIM, NORMALISE,
@@ -349,7 +354,9 @@ def attention_kernel(
     head_kv = kv + kv_head.to(tl.int64) * stride_kv_head
     table = block_tables + tl.load(rows + sequence).to(tl.int64) * stride_table
     masked_from = begin
-    if not DECODE:  # a decode's few tiles are better all masked than pipelined in two loops
+    # Keys that all rows see need no mask. A decode has few tiles of keys, and one masked loop over them is
+    # faster than two pipelined loops.
+    if not DECODE:
         masked_from = tl.maximum(begin, tl.minimum(visible_to_all, end) // BLOCK_N * BLOCK_N)
         accumulator, row_max, row_sum = _walk(
             accumulator, row_max, row_sum, q_tile, head_kv, table, begin, masked_from, last_visible, scale,
@@ -370,15 +377,15 @@ def attention_kernel(
 )
 def merge_splits_kernel(
     parts,  # float32 [tokens, heads, SPLITS, HEAD_DIM]
-    part_max,  # float32 [tokens, heads, SPLITS], in units of log2; -inf where a split has no key
+    part_max,  # float32 [tokens, heads, SPLITS], of base-2 scores; -inf where a split has no key
     part_sum,  # float32 [tokens, heads, SPLITS]
     query_starts,
     out,  # [tokens, heads, HEAD_DIM]
     out_max,  # float32 [tokens, heads]
     out_sum,  # float32 [tokens, heads]
     max_unit,
-    first_sequence,  # rows before this sequence are another launch's
-    last_sequence,  # and so are rows from this one on, unless TAIL
+    first_sequence,  # this launch merges the rows of the sequences from here
+    last_sequence,  # to here, exclusive; with TAIL also all rows after them
     NORMALISE: tl.constexpr,
     TAIL: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -386,11 +393,11 @@ def merge_splits_kernel(
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """The exact sum of one row's splits. Grid: (tokens, heads)."""
+    """Merge one row's splits exactly. Grid: (tokens, heads)."""
     row = tl.program_id(0)
     if row < tl.load(query_starts + first_sequence):
         return
-    if not TAIL:  # noqa: SIM102  a load cannot stand behind `and`
+    if not TAIL:  # noqa: SIM102  Triton does not allow a load after `and`
         if row >= tl.load(query_starts + last_sequence):
             return
     index = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -419,7 +426,7 @@ def merge_splits_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_pair_kernel(
-    a,  # float32 [num_rows, HEAD_DIM], and so is b
+    a,  # float32 [num_rows, HEAD_DIM]; b has the same shapes
     a_max,  # float32 [num_rows]
     a_sum,
     b,
@@ -434,7 +441,7 @@ def merge_pair_kernel(
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """The sum of two partial attentions over disjoint keys. Grid: (num_rows / BLOCK_R)."""
+    """Merge two partial attentions over disjoint keys exactly. Grid: (num_rows / BLOCK_R)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     is_row = index < num_rows
     dims = tl.arange(0, BLOCK_D)
@@ -462,7 +469,7 @@ def merge_pair_kernel(
 
 
 def paged_attention(q: Tensor, kv: Tensor, batch: PagedBatch, *, scale: float) -> Tensor:
-    """See reference.paged_attention: decodes by one launch, the other sequences by another."""
+    """See reference.paged_attention. One launch computes the decodes, another the other sequences."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _attend(q, kv, batch, scale, True, (out, out, out), normalise=True)
     return out
@@ -478,9 +485,9 @@ def paged_attention_partial(
 
 
 def merge_partials(parts: list[Parts], dtype: torch.dtype) -> Tensor:
-    """See reference.merge_partials. Pair by pair: a local and a lent part are one launch."""
+    """See reference.merge_partials. One launch merges two parts, for example a local and a remote one."""
     merged = parts[0]
-    others = parts[1:] or [parts[0]]  # a single part is only divided: half of it twice
+    others = parts[1:] or [parts[0]]  # a single part is merged with itself, which only divides it by its sum
     shape = merged[0].shape
     rows, head_dim = math.prod(shape[:-1]), shape[-1]
     result = torch.empty(shape, dtype=dtype, device=merged[0].device)
@@ -516,7 +523,7 @@ def _empty_parts(rows: torch.Size | tuple[int, ...], head_dim: int, device: torc
 def _attend(
     q: Tensor, kv: Tensor, batch: PagedBatch, scale: float, causal: bool, out: Parts, *, normalise: bool
 ) -> None:
-    """Write attention into ``out``: one launch for the decodes, one for the others, each with its merge."""
+    """Write attention to ``out``: one launch for the decodes, one for the others; each merges its splits."""
     tokens, heads, head_dim = q.shape
     sequences, kv_heads = batch.rows.shape[0], kv.shape[2]
     if heads % kv_heads:
@@ -550,9 +557,10 @@ def launch_attention(
     last: int,
     min_split: int = MIN_SPLIT_TOKENS,
 ) -> None:
-    """The sequences first to last by one plan; all are decodes if they start at 0 and end at num_decodes.
+    """Compute the sequences ``first`` to ``last`` (exclusive) with one plan.
 
-    ``last`` is num_decodes or the number of sequences; the rows behind the latter are zeroed too.
+    They are either all decodes (0 to num_decodes) or all others (num_decodes to the number of sequences).
+    The launch that ends at the number of sequences also zeroes the padding rows after them.
     """
     tokens, heads, head_dim = q.shape
     _, _, kv_heads, block_tokens, _ = kv.shape
@@ -561,7 +569,7 @@ def launch_attention(
     packed, head_tiles = plan.packing(group)
     decode, tail = last == batch.num_decodes, last == sequences
     tiles = last - first if decode else tokens // (plan.block_m // packed) + last - first
-    rows = tokens if tail else min(tokens, last)  # a decode has at most one row
+    rows = tokens if tail else min(tokens, last)  # without tail all are decodes, with at most one row each
     split = plan.splits > 1
     target = _empty_parts((rows, heads, plan.splits), head_dim, q.device) if split else out
     block_d = _padded(head_dim)

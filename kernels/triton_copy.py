@@ -1,7 +1,7 @@
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,misc"
-"""Copies of whole blocks between pools on one GPU: a block is one contiguous slab, so this is a memcpy each.
+"""Copies whole blocks between pools on one GPU; a block is one contiguous slab, so each copy is a memcpy.
 
-All pairs of a call are one launch; a copy per pair would cost a launch per block.
+One launch copies all pairs of a call. A separate copy for each pair would cost one launch per block.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def copy_blocks_kernel(
 
 
 def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
-    """See reference.copy_blocks. Slabs that are not contiguous, or on two devices, go through torch."""
+    """See reference.copy_blocks. Pools that the kernel cannot copy (see _as_integers) go through torch."""
     if not pairs.numel():
         return
     slabs = _as_integers(source, destination)
@@ -66,7 +66,11 @@ def copy_blocks(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
 
 
 def _as_integers(source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Both pools as [num_blocks, slab] of the widest integer that fits their strides; None if none does."""
+    """Both pools as [num_blocks, slab] of the widest integer type that divides their strides and addresses.
+
+    None if the kernel cannot copy: different devices, dtypes or block shapes, an empty pool, or blocks that
+    are not contiguous.
+    """
     if source.device != destination.device or source.dtype != destination.dtype:
         return None
     if source.shape[1:] != destination.shape[1:] or not source.numel() or not destination.numel():

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="import-untyped"
-"""What a Triton launch must know of the device: its size, its shared memory, how it multiplies.
+"""Device properties that a Triton launch needs: multiprocessors, shared memory, the type of products.
 
-The one place that asks, once per device: a launch inside a captured CUDA graph must not.
+They are queried only here and cached, because a launch must not query the device while a CUDA graph is
+being captured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Device:
 
 @functools.lru_cache
 def device_of(device: torch.device) -> Device:
-    """The facts of a CUDA device; those of a tiny one for CPU tensors, which only the interpreter sees."""
+    """Properties of a CUDA device; for CPU tensors (Triton's interpreter only) those of a tiny GPU."""
     if device.type != "cuda":
         return Device(multiprocessors=2, shared_memory=99 * 1024)
     properties = torch.cuda.get_device_properties(device)
@@ -39,8 +40,8 @@ def device_of(device: torch.device) -> Device:
 def dot_type(a: Tensor, b: Tensor) -> Any:
     """The type in which ``tl.dot`` multiplies a and b; sums are float32 in any case.
 
-    Operands of different types meet in float32, so nothing is lost. The interpreter holds bfloat16 as bit
-    patterns, which it cannot multiply.
+    Operands of different types are both converted to float32, so nothing is lost. Triton's interpreter also
+    needs float32 for bfloat16, because it stores bfloat16 as bit patterns that it cannot multiply.
     """
     if a.dtype != b.dtype or (INTERPRETED and a.dtype == torch.bfloat16):
         return tl.float32

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,misc"
-"""Norms and SwiGLU in Triton: one program a row, one pass over memory.
+"""Norms and SwiGLU in Triton, in one pass over memory.
 
-They round where the reference rounds (to the type of the activations, between the steps), so that the
-paths differ by the order of sums alone. Products are taken in float32: of two 16-bit numbers it is exact,
-and rounded once it is the 16-bit product.
+The kernels round where the reference rounds (to the type of the activations, after each step), so that
+results differ only by the order of sums. Products are computed in float32: the product of two 16-bit numbers
+is exact there, and rounding it once gives the same result as a 16-bit multiplication.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,misc"
-"""What happens to q, k and v between their projection and attention, in one Triton kernel.
+"""The operations on q, k and v between their projection and attention, fused into one Triton kernel.
 
-Per-head norm, rotation and the write into the paged KV read and write each number once. A program takes
-one token and a few heads, whichever they are: q, k and v heads lie side by side in the projection's output.
+Per-head norm, rotation and the write into the paged KV are one kernel, so that each number is read and
+written once. A program handles one token and a few consecutive heads, which may mix q, k and v heads: they
+lie side by side in the projection's output.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 
 __all__ = ["rope", "rope_and_write_kv", "write_kv"]
 
-PROGRAM_ELEMENTS = 1024  # of a token's heads: wide loads for 4 warps, and programs enough for small batches
+PROGRAM_ELEMENTS = 1024  # enough for wide loads by 4 warps, and few enough that small batches fill the device
 
 
 @triton.jit
 def _head_norm(x1, x2, weight, halves, mask, eps, HALF: tl.constexpr, KIND: tl.constexpr):
-    """Root-mean-square norm of heads [H, 2 * HALF] that come in halves; rounds as the reference does."""
+    """Root-mean-square norm of heads, given as two halves [H, HALF]; rounds as the reference does."""
     squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
     inverse = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
     w1 = tl.load(weight + halves, mask=mask, other=0.0).to(tl.float32)[None, :]
@@ -140,8 +141,8 @@ def rope_kernel(
 
 @triton.jit
 def write_kv_kernel(
-    k,  # [T, KV_HEADS, HEAD_DIM], and so is v
-    v,
+    k,  # [T, KV_HEADS, HEAD_DIM]
+    v,  # the same shape
     kv,  # [num_blocks, 2, KV_HEADS, BLOCK_TOKENS, HEAD_DIM]
     slots,  # int64 [T]
     stride_k_token,
@@ -286,6 +287,6 @@ def write_kv(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
 
 
 def _tile(heads: int, head_dim: int) -> tuple[int, int]:
-    """Padded half of a head, and heads of a program: both powers of two."""
+    """(padded half of head_dim, heads per program), both powers of two."""
     block_half = triton.next_power_of_2(head_dim // 2)
     return block_half, min(triton.next_power_of_2(heads), max(1, PROGRAM_ELEMENTS // (2 * block_half)))

@@ -1,1 +1,1 @@
-"""What owns blocks of KV and the bytes they lie in: the block pool, the blocks' keys, the host's memory."""
+"""KV blocks: the pool that owns them, the keys that name their content, and the host memory that is free."""

@@ -1,8 +1,8 @@
 """Content addresses of KV blocks: the same tokens get the same key on every machine, after every restart.
 
-A key is a hash chain (as in vLLM's prefix cache): it covers the block's tokens, all tokens before it
-and a salt. Only content goes in. A property of one instance (free memory, pool size, node) in the key
-would silently turn every restart into a cold cache.
+A key is a hash chain (as in vLLM's prefix cache): it covers the block's tokens, all tokens before them
+and a salt. Only content enters the key. If it contained a property of one instance (free memory, pool size,
+node), no block would be found again after a restart, and no error would show it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ KEY_BYTES = 32
 
 
 def root_key(layout_digest: str, tenant: str) -> bytes:
-    """The chain's start: blocks of another layout or of another tenant can never be taken for ours."""
+    """The start of a chain. It differs by layout and tenant, so their blocks can never get the same key."""
     salt = f"{len(layout_digest)}:{layout_digest}{tenant}".encode("utf-8", "surrogatepass")
     return blake2b(salt, digest_size=KEY_BYTES, person=b"blockyard-root").digest()
 

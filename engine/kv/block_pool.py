@@ -1,4 +1,4 @@
-"""BlockPool: the only place where a block of a tier is handed out, shared, found again and taken back.
+"""BlockPool: the only place that allocates, shares, finds and releases the blocks of one tier.
 
 A block is in exactly one of three states. *Active*: it has references. *Cached*: it has none, but its content
 is known by its key and can be revived. *Free*: it has neither references nor known content. Cached and free
@@ -20,7 +20,7 @@ MAX_HOT_PREFIXES = 1024
 
 
 class Block:
-    """One slab of the tier's tensor. ``depth`` counts the blocks of its chain, itself included."""
+    """One slab of the tier's tensor. ``depth`` is its place in its chain of blocks, counted from 1."""
 
     __slots__ = ("depth", "id", "key", "next", "previous", "references")
 
@@ -29,12 +29,12 @@ class Block:
         self.references = 0
         self.key: bytes | None = None
         self.depth = 0
-        self.previous: Block | None = None  # links are set while, and only while, the block is idle
+        self.previous: Block | None = None  # both links are set exactly while the block is idle
         self.next: Block | None = None
 
 
 class _IdleList:
-    """Blocks without references, first to be taken first; a ring around a sentinel."""
+    """Blocks without references, in the order in which they are taken; a ring with a sentinel."""
 
     __slots__ = ("_sentinel", "size")
 
@@ -81,8 +81,8 @@ class _IdleList:
 class BlockPool:
     """All blocks of one tier of one engine.
 
-    Blocks are named by their ids outside. A caller that asks for more than ``available`` gets a
-    ``ValueError``: the scheduler counts before it takes, so this is a bug and never a load condition.
+    Callers use block ids. Taking more than ``available`` raises ``ValueError``: the scheduler counts before
+    it takes, so this is a bug in the scheduler and not a consequence of load.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -108,7 +108,7 @@ class BlockPool:
         return self._blocks[block_id].references
 
     def take(self, count: int) -> list[int]:
-        """Hand out blocks with one reference each; cached content goes, least recently used first."""
+        """Allocate blocks with one reference each. Cached blocks are evicted, least recently used first."""
         if count > self._idle.size:
             raise ValueError(f"{count} blocks wanted, {self._idle.size} of {len(self)} available")
         taken = []
@@ -121,7 +121,7 @@ class BlockPool:
         return taken
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """One more reference to each; revives cached blocks."""
+        """Add one reference to each block. A cached block becomes active again."""
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.references == 0:
@@ -132,7 +132,7 @@ class BlockPool:
             block.references += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """One reference less to each block of a chain, given from its start.
+        """Remove one reference from each block of a chain; ids are given from the chain's start.
 
         The chain's end becomes idle first and so is evicted first, because a block can only be reused
         together with all blocks before it.
@@ -179,7 +179,7 @@ class BlockPool:
         return sum(self._blocks[i].references == 0 for i in block_ids)
 
     def record_hit(self, block_id: int) -> None:
-        """Count a prefix-cache hit whose last block this is (for the hottest prefixes in the status)."""
+        """Count a prefix-cache hit that ends with this block (for the hottest prefixes in the status)."""
         key = self._blocks[block_id].key
         if key is not None:
             self._hits[key] = self._hits.pop(key, 0) + 1
@@ -187,7 +187,7 @@ class BlockPool:
                 self._hits.popitem(last=False)
 
     def hottest(self, count: int, *, block_tokens: int) -> list[HotPrefix]:
-        """The chains hit most often among those still here."""
+        """The chains with the most hits whose last block is still in the pool."""
         best = nlargest(count, self._hits.items(), key=lambda item: item[1])
         return [HotPrefix(key.hex(), self._by_key[key].depth * block_tokens, hits) for key, hits in best]
 
@@ -215,11 +215,11 @@ class BlockPool:
         )
 
     def check(self, owners: Mapping[int, int]) -> None:
-        """Prove that nothing is lost, leaked or mixed up; raises AssertionError saying what is.
+        """Check that no block is lost, leaked or in a wrong state; AssertionError names the problem.
 
-        ``owners`` counts, for each block id, the references that the caller knows to exist. O(blocks).
+        ``owners`` is the number of references that the caller counted for each block id. O(blocks).
         """
-        idle = [block.id for block in islice(self._idle, len(self) + 1)]  # a broken list may have no end
+        idle = [block.id for block in islice(self._idle, len(self) + 1)]  # a broken list may be a cycle
         twice = [i for i, n in Counter(idle).items() if n > 1]
         assert not twice, f"blocks {twice} are in the idle list twice"
         assert len(idle) == self._idle.size, (

@@ -1,11 +1,11 @@
-"""How much host memory this process may still take: the machine's, or what its container's limit leaves."""
+"""Measures how much host memory this process may still take, within the machine and its container's limit."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# (limit, used, statistics, name of the reclaimable cache in them) of control groups, version 2 and 1.
+# Files of control groups, versions 2 and 1: limit, use, statistics, and the reclaimable cache's name in them.
 CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     (
@@ -32,7 +32,7 @@ def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgr
 
 
 def _read_number(path: Path) -> int | None:
-    """The one number in a file; None if there is no such file or it says "max"."""
+    """The number in a file; None if the file is missing or contains "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -40,7 +40,7 @@ def _read_number(path: Path) -> int | None:
 
 
 def _read_table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Read a file whose lines are a name and a number; empty if the file cannot be read."""
     try:
         rows = [line.split() for line in path.read_text().splitlines()]
     except OSError:

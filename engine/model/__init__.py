@@ -1,1 +1,1 @@
-"""What turns text into tokens and weights into logits: files, configuration, weights, decoder, tokenizer."""
+"""The model: its files, configuration and weights, the tokenizer, and the decoder that computes logits."""

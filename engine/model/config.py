@@ -21,7 +21,7 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: base ``theta`` and, unless ``kind`` is default, how its frequencies are stretched.
+    """Rotary embedding: the base ``theta``, and how ``kind`` scales its frequencies for longer contexts.
 
     ``scale`` multiplies cos and sin (YaRN's attention factor).
     """
@@ -63,7 +63,7 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
-        """Read config.json (of transformers 4 or 5); ConfigError names what this engine cannot run."""
+        """Read config.json (of transformers 4 or 5). ConfigError if it is damaged or not supported."""
         path = directory / "config.json"
         if not path.is_file():
             raise ConfigError(f"{directory} has no config.json; model must be a Hugging Face model directory")
@@ -123,7 +123,7 @@ class ModelConfig:
 
 
 def _rope(raw: dict[str, Any], directory: Path) -> RopeConfig:
-    """transformers 5 keeps all of it in rope_parameters; 4 has rope_theta and rope_scaling."""
+    """RoPE's settings: transformers 5 has them in rope_parameters, 4 in rope_theta and rope_scaling."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(given.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -156,7 +156,7 @@ def _rope(raw: dict[str, Any], directory: Path) -> RopeConfig:
 
 
 def _yarn_scale(given: dict[str, Any], factor: float) -> float:
-    """What YaRN multiplies cos and sin by: as stated, or by the paper (arXiv 2309.00071, section 3.4)."""
+    """YaRN's factor for cos and sin: the configured one, else the paper's (arXiv 2309.00071, section 3.4)."""
 
     def temperature(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -169,7 +169,7 @@ def _yarn_scale(given: dict[str, Any], factor: float) -> float:
 
 
 def read_eos_token_ids(raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
-    """End-of-text ids: generation_config.json knows more of them than config.json."""
+    """End-of-text ids. generation_config.json takes precedence, since config.json often lists only one."""
     path = directory / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))

@@ -1,6 +1,7 @@
-"""Converting a GGUF file to a model folder: ``python -m blockyard.engine.model.convert_gguf FILE FOLDER``.
+"""Converts a GGUF file to a model folder: ``python -m blockyard.engine.model.convert_gguf FILE FOLDER``.
 
-The only module that needs transformers (for its dequantisation), and so always a process of its own.
+This is the only module that needs transformers (for its dequantisation). It always runs in a process of its
+own, so that no other process has to import transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.utils import quantization_config
 def convert(gguf: Path, target: Path) -> None:
     """Write config, float32 safetensors and tokenizer files to the new folder ``target``.
 
-    The plain tensors are written here: transformers 5 will not save what it dequantised.
+    The tensors are written without transformers, because transformers 5 refuses to save dequantised models.
     """
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     if hasattr(quantization_config, "GgufConfig"):

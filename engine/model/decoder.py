@@ -1,8 +1,8 @@
 """The decoder: token ids and paged KV in, logits out; one generic model for the whole Llama family.
 
-The only file that knows what a transformer layer is. It asks ``kernels`` for every operation and does
-not know on which device or by which implementation they run. Under tensor parallelism each rank holds
-an equal share of the heads, of the MLP and of the vocabulary (Megatron-LM's split: two sums a layer).
+This is the only file that defines a transformer layer. Every operation is called through ``kernels``, which
+chooses the implementation for the device. Under tensor parallelism each rank holds an equal share of the
+heads, of the MLP and of the vocabulary (Megatron-LM's split: two sums over the ranks per layer).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def pool_shape(config: ModelConfig, blocks: int, kv_heads: int, block_tokens: in
 
 
 class Communicator(Protocol):
-    """How the ranks of one engine talk to each other."""
+    """How the ranks of one engine exchange values."""
 
     rank: int
     size: int
 
     def meet(self) -> None:
-        """Wait until every rank has loaded its weights; from here on they can compute together."""
+        """Wait until every rank has loaded its weights. Collectives may be used only after this."""
 
     def smallest(self, value: int) -> int:
-        """The smallest of all ranks' values."""
+        """The minimum of ``value`` over all ranks."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place where possible."""
@@ -87,7 +87,7 @@ class Shard:
 
     num_heads: int
     num_kv_heads: int
-    kv_part: int  # which of kv_parts slices of the KV heads
+    kv_part: int  # index of this rank's slice, of kv_parts slices of the KV heads
     kv_parts: int
     vocab: int  # padded to a multiple of the ranks
 
@@ -147,7 +147,7 @@ class Model:
         kv = (kv_heads, shard.kv_part, shard.kv_parts)
 
         def fused(parts: dict[str, tuple[int, int, int]], bias: bool) -> kernels.Linear:
-            """One layer from several: for each name its rows, which slice of them is ours, of how many."""
+            """One linear layer from several tensors: name -> (rows, index of this rank's slice, slices)."""
 
             def stacked(kind: str, columns: tuple[int, ...]) -> Tensor:
                 slices = []
@@ -160,7 +160,7 @@ class Model:
             return kernels.prepare_linear(stacked("weight", (hidden,)), stacked("bias", ()) if bias else None)
 
         def summed(name: str, columns: int, bias: bool) -> kernels.Linear:
-            """A layer of which each rank multiplies some columns, and the products are summed."""
+            """A layer split by columns: each rank multiplies its columns, all_reduce sums the products."""
             step = columns // size
             where = {"axis": 1, "begin": rank * step, "end": (rank + 1) * step}
             weight = weights.get(f"{prefix}{name}.weight", (hidden, columns), **where)
@@ -182,7 +182,7 @@ class Model:
         )
 
     def _load_head(self, weights: Weights) -> Tensor:
-        """This rank's rows of the output matrix, zero-padded so that all ranks have as many."""
+        """This rank's rows of the output matrix, zero-padded so that all ranks have the same number."""
         config, rows = self.config, self.shard.vocab
         begin = self._comm.rank * rows
         if config.tie_embeddings:
@@ -271,7 +271,7 @@ def _yarn_frequencies(frequency: Tensor, rope: RopeConfig, head_dim: int) -> Ten
     """YaRN (arXiv 2309.00071, section 3.2): high frequencies are kept, low frequencies are stretched."""
 
     def dimension(turns: float) -> float:
-        """The (fractional) pair of dimensions that turns this often within the original context."""
+        """The (fractional) index of the frequency that makes ``turns`` turns in the original context."""
         return (
             head_dim
             * math.log(rope.original_max_positions / (turns * 2 * math.pi))

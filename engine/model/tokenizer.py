@@ -65,7 +65,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text; special tokens written out in it count as such."""
+        """Token ids of a text. A special token spelled out in the text becomes that special token."""
         try:
             return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError):
@@ -77,7 +77,7 @@ class Tokenizer:
         return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
-        """One token as text; what is no valid UTF-8 by itself shows as replacement characters."""
+        """One token as text; bytes that are not valid UTF-8 alone become replacement characters."""
         return self.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -93,7 +93,7 @@ class Tokenizer:
         return bytes(_BYTE_OF[c] for c in piece if c in _BYTE_OF)
 
     def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt that a conversation makes. RequestError if the model's template refuses it."""
+        """The prompt for a conversation, from the chat template. RequestError if the template refuses it."""
         if self._template is None:
             raise RequestError(
                 "this model has no chat template; use /v1/completions with a prompt of your own",
@@ -129,7 +129,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes (GPT-2's table), back to bytes."""
+    """Map each character with which byte-level BPE writes a byte (GPT-2's table) to that byte."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in visible]
     return {**{chr(b): b for b in visible}, **{chr(256 + i): b for i, b in enumerate(hidden)}}
@@ -139,11 +139,11 @@ _BYTE_OF = _byte_alphabet()
 
 
 class Detokenizer:
-    """Text from tokens as they come: only characters that are complete, and the same text as all at once.
+    """Turns tokens into text as they arrive: only complete characters, in sum the text of all tokens at once.
 
     A token is decoded together with the piece before it, since a decoder may treat the first token of a
-    text differently; the text that the earlier piece gives alone is cut off. Pieces end only where
-    characters do. Constant work per token.
+    text differently; then the text of the earlier piece alone is cut off. A piece ends only where a
+    character ends. Constant work per token.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -153,7 +153,7 @@ class Detokenizer:
         self._end = 0  # first token whose text is not sent
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that has become certain with these tokens; may be empty."""
+        """The text that is complete after these tokens; may be empty."""
         text = ""
         for token_id in ids:
             self._ids.append(token_id)
@@ -161,7 +161,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is left at the end, incomplete characters as replacement characters."""
+        """The remaining text at the end, with incomplete characters as replacement characters."""
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:

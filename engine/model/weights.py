@@ -1,8 +1,8 @@
-"""Weights from safetensors files: what is in them, one tensor or one rank's slice at a time, a digest.
+"""Reads safetensors files: the list of tensors, one tensor or one rank's slice of it, and a digest of all.
 
-The files are read with plain reads into the memory where the values will stay. Mapping them, as the
-safetensors library does, would count every page once more as resident until the last tensor is loaded;
-so loading takes no more than the weights and one tensor.
+The files are read with plain reads, so loading takes no more memory than the weights and one tensor. Mapping
+the files, as the safetensors library does, would count every page as resident a second time until the last
+tensor is loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLES, SAMPLE_BYTES = 8, 1024
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor's values lie."""
+    """Where one tensor's values lie: the bytes ``begin`` to ``end`` of ``file``."""
 
     file: Path
     dtype: str  # safetensors' name
@@ -162,10 +162,11 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
 
 def weights_identity(directory: Path) -> str:
-    """A digest that tells checkpoints apart, the same on every machine, without reading gigabytes.
+    """A digest that differs between checkpoints and is equal on every machine, without reading gigabytes.
 
-    It covers every tensor's name, dtype and shape and evenly spread samples of its values (all of a small
-    one), in the order of the names: how a checkpoint is cut into files does not matter.
+    It covers every tensor's name, dtype and shape and evenly spread samples of its values (all values of a
+    small tensor). Tensors are taken in the order of their names, so that it does not matter how a checkpoint
+    is cut into files.
     """
     digest = hashlib.sha256()
     descriptors: dict[Path, int] = {}

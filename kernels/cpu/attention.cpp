@@ -1,9 +1,9 @@
-// Attention over a paged cache, read where it lies.
+// Attention over a paged KV cache, which is read block by block without gathering it into one tensor first.
 //
-// Work is cut into items of (sequence, KV head, tile of queries, range of keys) that threads pull from a
-// counter. All query heads of one KV head go together, so each K and V row is loaded once for the group.
-// One pass over the keys with a running maximum and sum (online softmax, Milakov & Gimelshein); ranges of
-// one sequence are merged exactly by their log-sum-exp.
+// Work is cut into items of (sequence, KV head, tile of queries, range of keys). Threads take the next item
+// from a shared counter. An item has all query heads of its KV head, so each K and V row is loaded once for
+// the group. It makes one pass over its keys with a running maximum and sum (online softmax, Milakov &
+// Gimelshein); ranges of one sequence are merged exactly by their log-sum-exp.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -24,8 +24,8 @@ namespace {
 constexpr int kKeys = 64;          // keys of a tile: their scores stay in registers and first-level cache
 constexpr int kQueryRows = 96;     // rows (queries x group) of a tile that share one transposed key tile
 constexpr int kFewRows = 4;        // up to here scores are dot products, above a product with transposed keys
-constexpr int64_t kMinRange = 256; // keys below which a range is not worth a merge
-constexpr int kPrefetchLocality = 2;  // the second-level cache: a tile of K and V fills the first
+constexpr int64_t kMinRange = 256; // a range of fewer keys saves less time than its merge costs
+constexpr int kPrefetchLocality = 2;  // into the second-level cache, since a tile of K and V fills the first
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 struct Item {
@@ -61,7 +61,7 @@ struct Tile {
     }
   }
 
-  // Blocks lie pages apart, where no hardware prefetcher follows: ask for key t of the tile before it is needed.
+  // Prefetch key t of the tile: blocks lie in different pages, which hardware prefetchers do not cross.
   void prefetch(int t, int dim) const {
     if (t >= count) return;
     for (int which = 0; which < 2; ++which)
@@ -83,7 +83,8 @@ struct Scratch {
   }
 };
 
-// Pointers to a tile's K (which = 0) or V (1) as rows of floats: in place where the cache holds such rows.
+// Point s.pointer to a tile's K (which = 0) or V (1) as padded rows of floats. float32 rows that need no
+// padding are used in place; others are converted into the scratch.
 template <typename T>
 void read(const Cache<T>& kv, const Tile<T>& tile, int which, Scratch& s) {
   for (int t = 0; t < tile.count; ++t) {
@@ -125,7 +126,7 @@ void dot_products(const float* q, const float* const* keys, int count, int padde
     }
 }
 
-// Scores of `rows` queries and `count` keys; calls ahead(t) on the way, once for each key.
+// Scores of `rows` queries and `count` keys. Calls ahead(t) once for each key, to prefetch the next tile.
 template <typename Ahead>
 void score(const float* q, int rows, const float* const* keys, int count, int padded, Scratch& s, Ahead ahead) {
   float* scores = s.scores.data();
@@ -148,7 +149,8 @@ void score(const float* q, int rows, const float* const* keys, int count, int pa
                                          scores + r * kKeys, kKeys, false);
 }
 
-// One row's scores become weights relative to the running maximum; returns the factor for what was summed.
+// Replace one row's scores by weights relative to the running maximum. The maximum may grow: returns the
+// factor by which the output summed so far must be multiplied.
 float weigh(float* scores, int visible, int count, float& high, float& sum_of) {
   for (int t = visible; t < kKeys; ++t) scores[t] = kNone;
   Vec best = load(scores);
@@ -194,7 +196,7 @@ void add_values(int rows, int count, int padded, Scratch& s) {
   }
 }
 
-// Queries of one item over its range of keys; the result is left, unnormalised, in the scratch.
+// Compute the queries of one item over its range of keys. The unnormalised result stays in the scratch.
 template <typename T>
 void attend(const Cache<T>& kv, const int32_t* table, const Item& item, int group, int64_t first_visible,
             bool causal, Scratch& s) {
@@ -230,7 +232,7 @@ std::vector<Item> cut(const int32_t* starts, const int32_t* lens, int64_t sequen
   const int tile = std::max(1, kQueryRows / group);
   double total = 0;
   for (int64_t s = 0; s < sequences; ++s) total += static_cast<double>(starts[s + 1] - starts[s]) * lens[s];
-  // Several items a thread even out; a single long sequence is cut along its keys to make them.
+  // About four items per thread balance the load. A long sequence is cut along its keys to make enough items.
   const double share = total * kv_heads / (4.0 * at::get_num_threads());
   std::vector<Item> items;
   parts = 0;
@@ -251,8 +253,8 @@ std::vector<Item> cut(const int32_t* starts, const int32_t* lens, int64_t sequen
   return items;
 }
 
-// A wrong id would be a read of foreign memory. There is one for some thousand numbers that are read, so
-// looking at all of them costs nothing that can be measured.
+// A wrong block id would make the kernel read memory outside of the pool. One id stands for some thousand
+// numbers that are read, so checking every id costs too little to be measured.
 void check_batch(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& tables, const at::Tensor& rows_of,
                  const at::Tensor& query_starts, const at::Tensor& context_lens) {
   const int32_t* rows = rows_of.const_data_ptr<int32_t>();
@@ -340,7 +342,7 @@ void run(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& tables, co
     }
   });
 
-  // Ranges of one item follow each other: fold each into the first, then emit that.
+  // The ranges of one tile of queries are consecutive items: merge each into the first, then emit the first.
   for (size_t i = 0; i < items.size();) {
     if (items[i].part < 0) {
       ++i;

@@ -1,4 +1,4 @@
-// The small operations around the products, each in one pass: norms, SwiGLU, RoPE with the KV write.
+// The small operations between the matrix products, each in one pass: norms, SwiGLU, RoPE with the KV write.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,7 +13,7 @@
 namespace blockyard {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements below which another thread is not worth waking
+constexpr int64_t kGrain = 8192;  // with fewer elements, waking another thread costs more than it saves
 
 template <typename F>
 void by_type(const at::Tensor& x, F f) {

@@ -1,7 +1,7 @@
 // Linear layers over weights packed once into panels of 32 output features.
 //
-// A panel is [depth][32] floats, so the inner loop reads weights in the order in which it uses them, at
-// one row of the batch (bound by memory) as well as at hundreds (bound by the multipliers).
+// A panel is [depth][32] floats, so the inner loop reads weights in the order in which it uses them. This
+// serves a batch of one row (bound by memory) as well as one of hundreds (bound by the multipliers).
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>

@@ -75,7 +75,7 @@ inline void to_float(const T* from, float* to, int n, int padded) {
   for (int i = n; i < padded; ++i) to[i] = 0.0f;
 }
 
-// B's rows at a fixed distance, or wherever they are (a paged cache).
+// Where the rows of B are: at a fixed distance from each other, or at any addresses (a paged cache).
 struct StridedRows {
   const float* first;
   int64_t stride;
@@ -86,8 +86,8 @@ struct ScatteredRows {
   const float* operator()(int64_t k) const { return rows[k]; }
 };
 
-// C[M][16 * N] (+)= A[M][depth] * B[depth][16 * N], accumulated in registers: the one product that
-// linear layers, scores and weighted values are made of.
+// C[M][16 * N] (+)= A[M][depth] * B[depth][16 * N], accumulated in registers. Linear layers, attention
+// scores and weighted values all use this product.
 template <int M, int N, typename Rows>
 inline void multiply(const float* a, int64_t a_stride, Rows b, int64_t depth, float* c, int64_t c_stride,
                      bool accumulate) {
