@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -91,6 +91,9 @@ class Metrics:
                 model
             )
 
+        self.malformed = Counter(
+            "blockyard_malformed_requests", "requests that are no HTTP", registry=self._registry
+        )
         self.time_to_first_token = histogram(
             "vllm:time_to_first_token_seconds", "from request to first token"
         )

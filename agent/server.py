@@ -27,6 +27,7 @@ from ..engine.model.tokenizer import Tokenizer
 from ..engine.sampling_params import SamplingParams
 from .bearer import Tokens
 from .completion import ChatShape, Completion, CompletionShape, Piece, Shape
+from .connections import Runner
 from .drain import Drain, DrainRequest
 from .engine_client import EngineClient, Generation
 from .engine_errors import EngineDied, described
@@ -486,7 +487,7 @@ async def serve(settings: AgentSettings) -> int:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    runner = web.AppRunner(agent.app, handler_cancellation=True, access_log=None, shutdown_timeout=EXIT_DELAY)
+    runner = Runner(agent.app, agent.metrics.malformed.inc, shutdown_timeout=EXIT_DELAY)
     tasks: list[asyncio.Task[Any]] = []
 
     def begin(work: Any) -> asyncio.Task[Any]:

@@ -51,6 +51,9 @@ class GatewayMetrics:
             "blockyard_gateway_refusals", "requests beyond a tenant's limits", ["tenant", "reason"],
             registry=registry,
         )  # fmt: skip
+        self.malformed = Counter(
+            "blockyard_gateway_malformed_requests", "requests that are no HTTP", registry=registry
+        )
         self.upstream = Histogram(
             "blockyard_gateway_upstream_seconds", "how long agents took for an attempt", ["outcome"],
             registry=registry, buckets=_SECONDS,

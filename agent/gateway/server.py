@@ -23,6 +23,7 @@ import aiohttp
 from aiohttp import web
 
 from ..bearer import Tokens, bearer
+from ..connections import Runner
 from ..envelope import CLIENT_GONE, Handler, envelope, read_body
 from ..errors import BadRequest, SettingsError, Unavailable, described
 from ..prefix_sketch import Prefix
@@ -464,9 +465,7 @@ async def serve(settings: GatewaySettings) -> int:
     loop.add_signal_handler(signal.SIGINT, interrupt)
     try:
         gateway = Gateway(settings)
-        runner = web.AppRunner(
-            gateway.app, handler_cancellation=True, access_log=None, shutdown_timeout=EXIT_DELAY
-        )
+        runner = Runner(gateway.app, gateway.metrics.malformed.inc, shutdown_timeout=EXIT_DELAY)
         await runner.setup()
     except SettingsError as error:
         print(f"blockyard gateway: {error}", flush=True, file=sys.stderr)
