@@ -9,6 +9,7 @@ remembered until a newer list has been read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,6 +21,7 @@ from .kube import (
     LLM_SERVICE,
     NODE,
     POD,
+    Forbidden,
     Kind,
     Kube,
     Raw,
@@ -29,6 +31,8 @@ from .kube import (
 )
 from .observed import SERVICE, Node, Pod, Service
 from .workqueue import Key
+
+log = logging.getLogger("blockyard.operator.cluster")
 
 Value = TypeVar("Value")
 MANAGED = "app.kubernetes.io/managed-by=blockyard-operator"  # label selector of what we make
@@ -234,12 +238,18 @@ class Cluster:
 
     async def relist(self, kube: Kube, namespaces: Sequence[str] = ()) -> None:
         """Read everything anew: at the start, and from time to time, because a watch that was restarted does
-        not report what was deleted meanwhile. If a KubeError is raised, what was read so far is kept.
+        not report what was deleted meanwhile. If a KubeError is raised, what was read so far is kept. A named
+        namespace without rights stays as it was known; the others must not suffer from it.
         """
         await self._relist(kube, self.nodes, NODE, None, "")
         for namespace in namespaces or (None,):
-            await self._relist(kube, self.pods, POD, namespace, MANAGED)
-            await self._relist(kube, self.deployments, DEPLOYMENT, namespace, MANAGED)
+            try:
+                await self._relist(kube, self.pods, POD, namespace, MANAGED)
+                await self._relist(kube, self.deployments, DEPLOYMENT, namespace, MANAGED)
+            except Forbidden as error:
+                if namespace is None:
+                    raise
+                log.warning("namespace %s is left out: %s", namespace, error)
             await self._relist(kube, self.services, LLM_SERVICE, namespace, "")
 
     async def _relist(

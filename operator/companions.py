@@ -28,6 +28,7 @@ from .kube import (
     FIELD_MANAGER,
     NETWORK_POLICY,
     SERVICE,
+    Forbidden,
     Gone,
     Kind,
     Kube,
@@ -193,8 +194,9 @@ class Companions:
         """
         for kind in COMPANIONS:
             found: dict[Key, dict[Name, _Standing]] = {}
-            try:
-                for namespace in namespaces or (None,):
+            blind: set[str] = set()  # named namespaces without rights: what is known of them stays
+            for namespace in namespaces or (None,):
+                try:
                     async for page in self._kube.pages(kind, namespace, MANAGED):
                         for item in page.items:
                             # Items of a list have no apiVersion and no kind.
@@ -203,9 +205,15 @@ class Companions:
                             if (standing := self._look(key, raw, wanted_of)) is not None:
                                 found.setdefault(key, {})[name_of(raw)] = standing
                         await asyncio.sleep(0)
-            except NotFound:
-                pass
+                except NotFound:
+                    pass
+                except Forbidden:
+                    if namespace is None:
+                        raise
+                    blind.add(namespace)
             for key in found.keys() | self._standing.keys():
+                if key[0] in blind:
+                    continue
                 standing_now = self._standing.setdefault(key, {})
                 for name in [name for name in standing_now if name[:2] == (kind.api, kind.name)]:
                     if name not in found.get(key, {}):

@@ -51,7 +51,14 @@ class Operator:
         self.recorder = Recorder(kube, settings.identity)
         defaults = Defaults(settings.agent_image, settings.lease_namespace, settings.bind_pod_ip)
         self.reconciler = Reconciler(
-            kube, self.cluster, self.fleet, self.queue, self.recorder, metrics, defaults
+            kube,
+            self.cluster,
+            self.fleet,
+            self.queue,
+            self.recorder,
+            metrics,
+            defaults,
+            restart=self._restart,
         )
         # A process that was killed and its successor in the same pod must have different names.
         identity = f"{settings.identity}_{secrets.token_hex(4)}"
@@ -93,6 +100,12 @@ class Operator:
             log.exception("the operator cannot go on")
             self.failed = True
             self.stop.set()
+
+    def _restart(self, why: str) -> None:
+        """End the process in order, so that its pod starts it anew."""
+        log.warning("ending to be started anew: %s", why)
+        self.failed = True
+        self.stop.set()
 
     async def _act(self) -> None:
         """What the holder of the Lease does, until it is cancelled."""

@@ -24,12 +24,24 @@ from typing import Any
 from . import autoscale, children, replicas, status
 from .autoscale import Scale
 from .children import Defaults, TemplateError
-from .cluster import Cluster, Custom, Owned, owned_by
+from .cluster import MANAGED, Cluster, Custom, Owned, owned_by
 from .companions import Companions, Name, name_of
 from .events import Recorder
 from .fleet import Fleet
 from .internal_secret import OVERLAP, InternalSecrets
-from .kube import COMPANIONS, LLM_SERVICE, POD, ApiError, Conflict, Kube, KubeError, NotLeading, Raw
+from .kube import (
+    COMPANIONS,
+    LLM_SERVICE,
+    POD,
+    ApiError,
+    Conflict,
+    Forbidden,
+    Kube,
+    KubeError,
+    NotFound,
+    NotLeading,
+    Raw,
+)
 from .metrics import Metrics
 from .observed import (
     DRAIN_REASON,
@@ -54,6 +66,7 @@ RESYNC_RETRY = 5.0
 SECRET_INTERVAL = 10.0  # seconds after which a service's Secret is looked at again
 SECRETS_PER_SECOND = 20.0  # at most, in all services
 RESTORED_REPEAT = 10.0  # seconds between two posts of the same event about a change that was undone
+NAMESPACE_INTERVAL = 15.0  # seconds between two looks at the namespaces that are named
 TAKEN_RETRY = 15.0  # seconds after which a name that others had is tried again
 DRAIN_RETRY = 2.0  # seconds after an agent could not be asked to drain; until the drain's deadline
 
@@ -75,6 +88,7 @@ class Reconciler:
         defaults: Defaults,
         clock: Callable[[], float] = time.time,
         token_overlap: float = OVERLAP,
+        restart: Callable[[str], None] = log.error,
     ) -> None:
         self._kube = kube
         self._cluster = cluster
@@ -86,6 +100,8 @@ class Reconciler:
         self._clock = clock
         self._companions = Companions(kube, cluster, queue.add)
         self._secrets = InternalSecrets(kube, token_overlap)
+        self._restart = restart
+        self._blind: set[str] = set()  # served namespaces in which the operator has no rights at the moment
         self._taken: dict[Key, tuple[str, ...]] = {}  # names that others have, in words
         self._occupied: dict[Key, set[str]] = {}  # names that no pod of the service can have
         self._uids: dict[Key, str] = {}  # the services that have been seen
@@ -106,6 +122,8 @@ class Reconciler:
                 tasks.create_task(self._work(), name=f"worker {number}")
             tasks.create_task(self._resync_often(namespaces, resync_seconds), name="resync")
             tasks.create_task(self._look_at_secrets(), name="secrets")
+            if namespaces:
+                tasks.create_task(self._look_at_namespaces(namespaces), name="namespaces")
             for kind, namespace in itertools.product(COMPANIONS, namespaces or (None,)):
                 tasks.create_task(self._companions.watch(kind, namespace), name=f"watch {kind.plural}")
 
@@ -161,6 +179,33 @@ class Reconciler:
                 log.warning("re-list failed, again in %g s: %s", RESYNC_RETRY, error)
                 await asyncio.sleep(RESYNC_RETRY)
 
+    async def _look_at_namespaces(self, namespaces: Sequence[str]) -> None:
+        """Notice served namespaces that are gone, with the operator's rights there, or are back.
+
+        A watch that was refused once is never begun again by kopf, so for one that is back the process is
+        started anew.
+        """
+        while True:
+            for namespace in namespaces:
+                was_blind = namespace in self._blind
+                with contextlib.suppress(KubeError):
+                    if not await self._is_blind(namespace) and was_blind:
+                        self._restart(f"namespace {namespace} can be served again")
+            await asyncio.sleep(NAMESPACE_INTERVAL)
+
+    async def _is_blind(self, namespace: str) -> bool:
+        """Whether the operator may not see the pods of a namespace. KubeError if that cannot be told."""
+        try:
+            async for _ in self._kube.pages(POD, namespace, MANAGED):
+                break
+        except (Forbidden, NotFound):
+            if namespace not in self._blind:
+                log.warning("namespace %s cannot be served: the operator has no rights there", namespace)
+            self._blind.add(namespace)
+        else:
+            self._blind.discard(namespace)
+        return namespace in self._blind
+
     async def _look_at_secrets(self) -> None:
         """Read the services' Secrets one after another, for ever; those that somebody has changed are due."""
         while True:
@@ -208,6 +253,9 @@ class Reconciler:
             self._refused.pop(key, None)
         except (KubeError, TimeoutError) as error:
             problem = error
+            if isinstance(error, Forbidden) and service.deleting and await self._is_blind(service.namespace):
+                await self._let_go(custom)
+                return
             if isinstance(error, ApiError) and not isinstance(error, Conflict):
                 self._refused[key] = str(error)
         except Exception as error:  # noqa: BLE001 -- raised below, after the status was written
@@ -321,7 +369,9 @@ class Reconciler:
         """Carry out all that is due now; ``done`` gets each action when it was carried out, also if a later
         one fails.
         """
-        if service.deleting and not self._cluster.pods_of(service):
+        # Without rights nothing can be done for the pods: their namespace is being deleted, and they with it,
+        # which drains their agents within the pods' grace period.
+        if service.deleting and (not self._cluster.pods_of(service) or service.namespace in self._blind):
             await self._let_go(custom)
             return
         observed = self._observe(service, revision)

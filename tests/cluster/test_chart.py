@@ -417,10 +417,14 @@ def test_no_right_is_a_wildcard_and_secrets_cannot_be_listed(helm: Helm, variant
             assert verb not in ("bind", "escalate", "impersonate")
 
 
-def test_with_namespaces_nothing_but_nodes_is_seen_of_the_rest_of_the_cluster(helm: Helm) -> None:
+def test_with_namespaces_only_nodes_and_llmservices_are_seen_of_the_rest(
+    helm: Helm,
+) -> None:
     roles = operators(helm.objects(VARIANTS["namespaced"]))
     (cluster,) = of_kind(roles, "ClusterRole")
-    assert of_role(cluster) == {("", "nodes", "list"), ("", "nodes", "watch")}
+    nodes = {("", "nodes", verb) for verb in ("list", "watch")}
+    own_kind = {("serving.blockyard.dev", "llmservices", verb) for verb in ("list", "watch", "patch")}
+    assert of_role(cluster) == nodes | own_kind
     own, *others = sorted(
         of_kind(roles, "Role"), key=lambda role: role["metadata"]["name"] != "blockyard-lease"
     )

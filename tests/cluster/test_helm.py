@@ -18,7 +18,7 @@ import yaml
 from blockyard.operator import kube
 from blockyard.operator.events import Recorder
 from blockyard.operator.kube import Kube
-from blockyard.operator.observed import Service
+from blockyard.operator.observed import ROTATE, Service
 from blockyard.operator.settings import OperatorSettings
 from blockyard.user_cache import cache_folder
 
@@ -342,6 +342,35 @@ def test_with_namespaces_the_operator_serves_these_and_leaves_others_alone(
     assert until_left(cluster, before) == set()
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "cluster-wide"])
+def test_a_namespace_that_is_deleted_ends_and_can_come_back(
+    cluster: Cluster, release: Release, named: bool
+) -> None:
+    """With an agent that runs; in a namespace that stays, services are served as before."""
+    places = ("leaving", "staying")
+    for name in places:
+        cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    values: Raw = {"namespaces": list(places)} if named else {}
+    release.install(**values)
+    release.holder()
+    cluster.create(service("leaving", replicas=1))
+    cluster.wait("LLMService", "model", "leaving", settled(1), limit=STARTING)
+    cluster.delete("Namespace", "leaving")
+    cluster.wait_until_gone("Namespace", "leaving", None, limit=LIMIT)
+    cluster.create(service("staying"))
+    cluster.wait("LLMService", "model", "staying", observed, limit=LIMIT)
+    if named:
+        cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "leaving"}})
+        release.upgrade(**values)
+        cluster.create(service("leaving"))
+        cluster.wait("LLMService", "model", "leaving", observed, limit=LIMIT)
+    cluster.kubectl("delete", "llms", "--all", "--all-namespaces", f"--timeout={LIMIT:.0f}s")
+    for name in places:
+        if cluster.find("Namespace", name):
+            cluster.delete("Namespace", name)
+            cluster.wait_until_gone("Namespace", name, None, limit=LIMIT)
+
+
 # ── Rights ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -431,6 +460,9 @@ def live_a_life(cluster: Cluster, namespace: str, release: Release) -> None:
     cluster.wait("LLMService", "model", namespace, settled(1), limit=STARTING)
     assert cluster.find("Deployment", "model-gateway", namespace)
     assert cluster.find("ServiceMonitor", "model", namespace)
+    cluster.kubectl("annotate", "llms", "model", f"--namespace={namespace}", f"{ROTATE}=today")
+    rotated = lambda found: "previous" in ((found or {}).get("data") or {})  # noqa: E731
+    cluster.wait("Secret", "model-internal", namespace, rotated, limit=LIMIT)
     cluster.delete("Lease", "blockyard", namespace)
     release.holder()
     cluster.apply(service(namespace))
