@@ -41,7 +41,7 @@ from tests.agent.gateway.process import GatewayProcess, all_ready  # noqa: E402 
 from tests.agent.process import AgentProcess  # noqa: E402
 
 SIDES = ("direct", "gateway")
-NO_MORE = 1.05  # more clients, twice, that carry less than so many times as much: that was the most
+NO_MORE = 1.05  # the capacity is reached when more clients twice bring less than this factor
 MS = 1e3
 
 

@@ -244,7 +244,7 @@ def best_sdpa(shape: Shape, tokens: int, context: int, calls: int) -> tuple[str,
             try:
                 with sdpa_kernel(backend):
                     found.append((backend.name.split("_")[0].lower(), measure([call] * calls)))
-            except (RuntimeError, ValueError):  # this backend does not take the shape
+            except (RuntimeError, ValueError):  # this backend does not support the shape
                 torch.cuda.synchronize()
     if not found:
         raise RuntimeError(f"no SDPA backend takes {shape.name} with {tokens} of {context} tokens")

@@ -69,7 +69,7 @@ def prompt_ids(number: int, row: Row) -> list[int]:
 
 
 class NoModel:
-    """A runner that computes nothing: every next token is token 0."""
+    """A runner without a model: every next token is token 0."""
 
     layout_digest = "none"
     dtype = torch.float32

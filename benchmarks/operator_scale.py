@@ -436,7 +436,7 @@ def main() -> None:
         folder = Path(temporary)
         control_plane = ControlPlane(folder / "control-plane", programs)
         try:
-            # Nothing here needs them, and two cores are few.
+            # The benchmark does not need them, and there are only two cores.
             for name in ("kube-controller-manager", "kube-scheduler"):
                 os.kill(control_plane.pids[name], 9)
             found = asyncio.run(measure(control_plane, folder, options))

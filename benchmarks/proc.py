@@ -1,4 +1,4 @@
-"""What Linux says of a process: its CPU time and its memory."""
+"""CPU time and memory of a process, as Linux reports them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every benchmark reports besides its numbers: machine, versions, command; and where it goes."""
+"""What every benchmark reports besides its numbers: machine, versions and command; and the results file."""
 
 from __future__ import annotations
 

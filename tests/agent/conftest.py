@@ -1,4 +1,4 @@
-"""One agent for all tests that do not break it, and a maker of others for those that do."""
+"""One agent for all tests that leave it intact, and a factory of others for tests that break theirs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
 
 @pytest.fixture
 def start_agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
-    """Agents that end with the test, whatever the test did to them."""
+    """A factory of agents, which are stopped at the end of the test."""
     started: list[AgentProcess] = []
 
     def start(*flags: str, **options: object) -> AgentProcess:

@@ -1,4 +1,4 @@
-"""Clients that keep an agent busy: plain HTTP, so that a test decides about every byte and connection."""
+"""Clients that keep an agent busy, by plain HTTP, so that tests control every byte and connection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import aiohttp
 
 from .process import MODEL, AgentProcess
 
-LONG = 3000  # tokens; takes far longer than any test waits, so such a request ends only by what the test does
+LONG = 3000  # tokens; far more than are computed during a test, so that only the test ends such a request
 
 
 def ask(tokens: int, **more: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class AgentProcess:
     def __init__(self, folder: Path, *flags: str, wait: bool = True, model: str = MODEL) -> None:
         self.log = folder / "agent.log"
         self._output = self.log.open("wb")
-        # One thread: where other work shares the cores, threads that wait for each other wait for that too.
+        # One thread: on shared cores, threads that wait for each other also wait for other processes.
         command = [sys.executable, "-m", "blockyard.cli", "agent", "--model", model, "--port", "0"]
         command += ["--threads", "1", *flags]
         self.process = subprocess.Popen(
@@ -129,7 +129,7 @@ class AgentProcess:
         return children[0]
 
     def engine_pid_when_started(self) -> int:
-        """While it is loading. Nothing tells of a new child, so this asks again and again."""
+        """The engine's pid while it is still loading. A new child causes no event, so this polls."""
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             for child in self._children():
@@ -145,7 +145,7 @@ class AgentProcess:
 
     @contextlib.contextmanager
     def frozen_engine(self) -> Iterator[None]:
-        """Within it the engine is in the middle of a step that does not end."""
+        """Stop the engine process inside a step for the duration of the context."""
         pid = self.engine_pid()
         os.kill(pid, signal.SIGSTOP)
         try:

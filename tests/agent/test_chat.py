@@ -51,7 +51,7 @@ def test_answers_go_to_the_pipe_with_their_speed_and_cached_tokens(agent: AgentP
 
 def test_a_server_that_does_not_answer_is_named() -> None:
     with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        nobody.bind(("127.0.0.1", 0))  # bound, but not listening
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         for flags in ([], ["--model", "m"]):
             done = chat(url, "Hello\n", *flags)

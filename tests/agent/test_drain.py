@@ -89,7 +89,7 @@ def test_a_drain_while_it_loads_never_lets_it_become_ready(start_agent: Start) -
     agent = start_agent(wait=False)
     agent.wait_for_url()
     assert drain(agent, 5)["state"] in ("draining", "drained")
-    status = agent.status_when(lambda s: s["layout_digest"])  # it has loaded
+    status = agent.status_when(lambda s: s["layout_digest"])  # the model is loaded
     assert status["state"] == "drained"
     assert agent.code("/readyz") == 503
     assert agent.stop(timeout=EXIT_TIMEOUT) == 0, agent.errors()
@@ -172,6 +172,6 @@ def test_prefixes_tell_what_was_served_to_whom(agent: AgentProcess) -> None:
     assert sketch(chat_parts([("system", "Be brief."), ("user", text)]), "bob").shared_with(mirror) == 0
     assert update(0).uses == []
     assert agent.post("/v1/completions", {**body, "prompt": text, "n": 0})[0] == 400
-    assert update(0).uses == []  # what is refused is not served
+    assert update(0).uses == []  # a refused request leaves no prefix
     for bad in ("since=x", "wait=x", "wait=1e9", "incarnation=%2F"):
         assert agent.code(f"/prefixes?{bad}") == 400

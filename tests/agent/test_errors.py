@@ -1,4 +1,4 @@
-"""Requests that are wrong in every way there is: each costs itself and nothing else.
+"""Requests that are wrong in every way there is: each fails alone and affects no other.
 
 Every one is answered with a 4xx in OpenAI's error shape that names the field, the limit and the remedy;
 afterwards the agent is idle, has every block, and answers.
@@ -47,7 +47,7 @@ def check(answer: Any, *, param: str | None, says: str) -> None:
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert says in error["message"]
-    assert len(error["message"]) < 600  # a message is for people, however much was wrong
+    assert len(error["message"]) < 600  # a message stays short, however much was wrong
 
 
 # (what is changed in a good chat request, the field that is named, what is said about it)

@@ -102,7 +102,7 @@ def test_the_engine_goes_when_the_http_process_is_killed_even_in_a_step_that_doe
         wait_for_end(engine)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(engine, signal.SIGCONT)  # else it would stay for ever where this has failed
+            os.kill(engine, signal.SIGCONT)  # otherwise the stopped engine would outlive a failed test
 
 
 def test_an_engine_that_hangs_is_ended_and_one_that_is_idle_is_not(start_agent: Start) -> None:
@@ -113,7 +113,7 @@ def test_an_engine_that_hangs_is_ended_and_one_that_is_idle_is_not(start_agent: 
         async with session() as client:
             status, _ = await complete(client, agent.url, ask(4))
             assert status == 200
-            await asyncio.sleep(8)  # silence of an engine without work
+            await asyncio.sleep(8)  # an idle engine sends nothing, and that is no hang
             streamed = await stream(client, agent.url, ask(LONG))
             os.kill(engine, signal.SIGSTOP)
             error = error_of((await events(streamed))[-1])
@@ -321,9 +321,9 @@ def test_requests_that_were_preempted_are_answered_and_counted_as_if_alone(start
         return [answer for _, answer in answers]
 
     together = asyncio.run(run())
-    assert agent.idle()["preemptions_recompute"] > 0  # else this has tested nothing
+    assert agent.idle()["preemptions_recompute"] > 0  # or the test proves nothing
     for body, answer in zip(bodies, together, strict=True):
-        # Nobody else had the prompt, and what a request finds of itself when it comes back is no saving.
+        # No other request had this prompt; blocks that a preempted request finds of itself are no cache hits.
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         status, alone = agent.post("/v1/completions", body)
         assert status == 200

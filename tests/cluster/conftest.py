@@ -34,7 +34,7 @@ def pytest_report_header() -> str:
 
 
 def _cannot(why: str) -> None:
-    """Without what the tests need they are skipped, but not where somebody relies on them."""
+    """Skip tests whose programs are missing, but fail where CI relies on them."""
     if os.environ.get("CI"):
         pytest.fail(why, pytrace=False)
     pytest.skip(why)

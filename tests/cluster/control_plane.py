@@ -62,7 +62,7 @@ class ControlPlane:
             raise
 
     def stop(self) -> None:
-        """End all programs. Nothing of theirs is needed any more, so they are not asked."""
+        """Kill all programs; their data is not needed any more."""
         for process in reversed(self._running.values()):
             process.kill()
             process.wait()
@@ -156,7 +156,7 @@ class ControlPlane:
             )
 
     def _wait_for(self, name: str, url: str, token: str = "") -> None:
-        """Until the program says that it is well."""
+        """Wait until the program reports that it is healthy."""
         trust = ssl.create_default_context(cafile=self._folder / "ca.crt")
         if not token:  # these make their certificates themselves, and only whether they are well is asked
             trust.check_hostname = False
@@ -220,7 +220,7 @@ def _private(path: Path) -> Iterator[Path]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Not from where the kernel gives ports to clients, so that none takes one before it is used."""
+    """Ports outside the kernel's range for clients, so that no client takes one before it is used."""
     found: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):

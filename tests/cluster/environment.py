@@ -1,4 +1,4 @@
-"""What a container's process is told: its environment and its command line, by Kubernetes' rules."""
+"""The environment and command line of a container's process, by Kubernetes' rules."""
 
 from __future__ import annotations
 

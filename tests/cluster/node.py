@@ -261,7 +261,7 @@ class NodeStandIn:
                 continue
             uid = manifest["metadata"]["uid"]
             pod = self._pods.get(uid)
-            if pod is None and event != "DELETED" and uid not in self._lived:  # a late event is no new life
+            if pod is None and event != "DELETED" and uid not in self._lived:  # not a late event
                 if node := self._nodes.get(manifest["spec"]["nodeName"]):
                     self._begin(manifest, node)
             elif pod and event == "DELETED":

@@ -122,7 +122,7 @@ StartOperator = Callable[..., OperatorProcess]
 
 @contextlib.contextmanager
 def operators(cluster: Cluster, namespace: str, account: Path, folder: Path) -> Iterator[StartOperator]:
-    """Operators of a namespace, as many as are started; they end after its services, and in good order."""
+    """A factory of operators for a namespace; they end after its services, by SIGTERM."""
     started: list[OperatorProcess] = []
 
     def start(*, wait: bool = True, **settings: str) -> OperatorProcess:

@@ -97,7 +97,7 @@ class Pod:
         return "".join(f"--- {self.name}/{one.name}\n{one.logs()}" for one in self.containers)
 
     async def live(self) -> None:
-        """Until the object is deleted. When this is cancelled, the processes end and nothing is written."""
+        """Run the pod until its object is deleted. Cancelled: the processes end and nothing is written."""
         try:
             async with asyncio.TaskGroup() as group:
                 writer = group.create_task(self._write_changes())
@@ -387,7 +387,7 @@ class Pod:
                 if before.get("status") == status
                 else timestamp(),
             }
-            if kind in ("ContainersReady", "Ready"):  # null takes away what was there
+            if kind in ("ContainersReady", "Ready"):  # null removes what was there
                 why = "PodCompleted" if phase == "Succeeded" else "ContainersNotReady"
                 condition["reason"] = None if holds else why
                 condition["message"] = None if holds else f"containers with unready status: {unready}"

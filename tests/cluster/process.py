@@ -17,7 +17,7 @@ def tied(command: list[str]) -> list[str]:
     """The command, killed by the kernel when the thread that starts it is gone (a killed pytest, for one)."""
     setpriv = shutil.which("setpriv")
     assert setpriv, "setpriv is missing: install util-linux"
-    # The kernel tells nothing of a death before it was asked; by then the parent is another process.
+    # The kernel does not signal a death that came before prctl; then the parent is another process.
     check = '[ "$PPID" = "$0" ] && exec "$@"'
     return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", check, str(os.getpid()), *command]
 

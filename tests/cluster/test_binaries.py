@@ -56,7 +56,7 @@ class Toolchain:
 
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolchain:
-    """The only Go there is, and an empty cache folder."""
+    """The only Go on PATH, and an empty cache folder."""
     made = Toolchain(tmp_path / "toolchain")
     monkeypatch.setenv("PATH", f"{made.folder}:{os.defpath}")
     monkeypatch.setenv("BLOCKYARD_CACHE", str(tmp_path / "cache"))

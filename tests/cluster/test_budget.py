@@ -51,7 +51,7 @@ def test_an_undrained_agent_is_never_evicted_and_a_released_one_always(
     cluster.create(budget)
     for name in ("llm-aaaaa", "llm-bbbbb"):
         pod = children.agent_pod(service, name, "0123456789", DEFAULTS)
-        pod["spec"]["schedulerName"] = "nobody"  # no node is needed for this
+        pod["spec"]["schedulerName"] = "nobody"  # no scheduler takes it, since the test needs no node
         cluster.create(pod)
         set_ready(cluster, namespace, name, "True")
     wait_for_budget(cluster, namespace, healthy=2)

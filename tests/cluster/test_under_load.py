@@ -154,7 +154,7 @@ def test_an_agent_is_killed_while_it_answers(stage: Stage) -> None:
 
 
 def test_a_gateway_is_killed(stage: Stage) -> None:
-    """Its connections are gone with it, and until its readiness falls new ones would still lead there."""
+    """Its connections break with it, and until its readiness falls new ones are still sent to it."""
     (victim, *_) = stage.service.pods("gateway")
     stage.kill(victim)
     stage.service.wait(settled(2))
@@ -163,7 +163,7 @@ def test_a_gateway_is_killed(stage: Stage) -> None:
 
 
 def test_the_operator_is_killed(stage: Stage) -> None:
-    """Nobody needs it to be served; a new one goes on with what has come meanwhile."""
+    """Requests are served without an operator; a new one carries out what was changed meanwhile."""
     stage.operator.kill()
     stage.service.patch(replicas=1)
     stage.check()
@@ -184,7 +184,7 @@ def test_a_node_is_lost(stage: Stage) -> None:
 
 
 def test_the_service_is_deleted(stage: Stage) -> None:
-    """What runs comes to its end, and then nothing is left."""
+    """Open streams are completed, and then nothing is left."""
     stage.clients.stop()
     begun = threading.Barrier(3)
 

@@ -26,7 +26,7 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         if self._following.done():
-            self._following.result()  # what ended it
+            self._following.result()  # raises the error that ended the watch
         self._following.cancel()
         self.check()
 
@@ -37,7 +37,7 @@ class Recorder:
 
 
 def untruths(found: Raw) -> list[str]:
-    """What a status says that cannot be."""
+    """Statements of a status that contradict each other or the spec."""
     status, generation = found.get("status") or {}, found["metadata"]["generation"]
     if not status:
         return []

@@ -1,4 +1,4 @@
-"""A real gateway in a process of its own, and agents that are no more than their HTTP."""
+"""A real gateway in a process of its own, and scripted agents that consist of HTTP handlers only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_TIMEOUT = 60.0
 
 
 class GatewayProcess:
-    """Starts ``blockyard gateway`` on a free port; ``agents`` says who it serves."""
+    """Starts ``blockyard gateway`` on a free port; ``agents`` lists the agents it serves."""
 
     def __init__(self, folder: Path, agents: dict[str, str], *flags: str, **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class GatewayProcess:
         self._announced.set()
 
     def set_agents(self, agents: dict[str, str]) -> None:
-        """Name -> URL. Replaced at once, as whoever runs agents does it."""
+        """Name -> URL. The file is replaced atomically, as the local runtime does it."""
         new = self._file.with_suffix(".new")
         new.write_text(json.dumps([{"name": name, "url": url} for name, url in agents.items()]))
         new.replace(self._file)
@@ -109,15 +109,15 @@ Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class ScriptedAgent:
-    """Speaks an agent's HTTP, with faults that a real one shows only by chance. Not for what tokens are."""
+    """An agent's HTTP interface without a model: with faults that a real agent shows only by chance."""
 
     def __init__(self, name: str, respond: Respond | None = None) -> None:
         self.name = name
         self.respond = respond or self.answer
         self.requests: list[tuple[CIMultiDict[str], Any]] = []  # headers and body of each
         self.open = 0  # requests being answered
-        self.silent = False  # takes connections and says nothing
-        self.prefixes: list[Prefix] = []  # those of its whole life
+        self.silent = False  # accepts connections and does not answer
+        self.prefixes: list[Prefix] = []  # of all requests that it has served
         self.status = AgentStatus(
             version=1,
             incarnation=f"{abs(hash(name)):032x}"[:32],
@@ -156,7 +156,7 @@ class ScriptedAgent:
             await runner.cleanup()
 
     def change(self, **fields: Any) -> None:
-        """Report something else from now on."""
+        """Change fields of the status that it reports."""
         self.status = self.status.model_copy(update={**fields, "version": self.status.version + 1})
         self._changed.set()
         self._changed = asyncio.Event()
@@ -181,7 +181,7 @@ class ScriptedAgent:
         return web.Response(text=report.model_dump_json(), content_type="application/json")
 
     async def until_open(self, count: int) -> None:
-        """Until so many requests are being answered."""
+        """Wait until so many requests are being answered."""
         async with asyncio.timeout(60):
             while self.open != count:
                 await self._opened.wait()

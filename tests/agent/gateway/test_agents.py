@@ -55,7 +55,7 @@ class Stage:
         return {name: agent.url for name, agent in self.agents.items()}
 
     async def show(self, *names: str) -> None:
-        """From now on the gateways have these agents."""
+        """Give the gateways this list of agents."""
         async with session() as client:
             for gateway in self.gateways:
                 gateway.set_agents({name: self.agents[name].url for name in names})
@@ -172,7 +172,7 @@ UNSEEDED: dict[str, Any] = {"temperature": 0.9}
 
 
 class Reader:
-    """One client's request, streaming or not, and what it gets."""
+    """One request of a client, streaming or not, and the text that the client receives."""
 
     def __init__(self, client: openai.AsyncOpenAI, *, stream: bool, how: dict[str, Any]) -> None:
         self._client = client
@@ -233,7 +233,7 @@ def test_clients_do_not_notice_that_their_agent_is_killed(stage: Stage) -> None:
             await asyncio.gather(*(reader.under_way.wait() for reader in streams))
             os.kill(
                 victim.engine_pid(), signal.SIGSTOP
-            )  # nothing comes any more: nobody is done before the end
+            )  # the engine is stopped: no request finishes before the kill
             await in_flight(victim, len(tasks))
             await stage.show("a", "b")
             assert not any(task.done() for task in tasks)
@@ -268,7 +268,7 @@ def test_no_request_fails_while_an_agent_is_drained_under_load(stage: Stage, tim
     async def run() -> None:
         await stage.show(old, new)
         enough = asyncio.Event()
-        done = [0, 0]  # answers, and those of them that were begun after the drain
+        done = [0, 0]  # answers, and how many of them began after the drain
 
         async def user(client: aiohttp.ClientSession, number: int) -> None:
             gateway = stage.gateways[number % 2]
@@ -312,7 +312,7 @@ def test_no_request_fails_while_an_agent_is_drained_under_load(stage: Stage, tim
             await until(6, 1)
             for gateway in stage.gateways:
                 await agents_when(client, gateway.url, lambda agents: not agents[old]["ready"])
-            # Only now it goes, as the operator does it.
+            # Removed only after the drain, as the operator does it.
             assert await asyncio.to_thread(stage.agents[old].stop) == 0
             enough.set()
             await asyncio.gather(*users)

@@ -74,12 +74,12 @@ class ApiServer:
         self._record("BOOKMARK", {"kind": "EndpointSlice", "metadata": {}})
 
     def forget(self) -> None:
-        """As etcd does when it is compacted."""
+        """Compact the history, as etcd does: older versions get 410."""
         self.version += 1
         self.forgotten = self.version
 
     async def break_watches(self) -> None:
-        """Every connection ends in the middle."""
+        """Cut all open watch connections."""
         for stream in list(self._streams):
             request = stream._req
             assert request is not None and request.transport is not None
@@ -87,7 +87,7 @@ class ApiServer:
         await self.when(lambda: not self._streams)
 
     async def when(self, holds: Callable[[], bool]) -> None:
-        """Until it does; looked at after whatever a request has changed."""
+        """Wait until it holds; checked after every request."""
         async with asyncio.timeout(30):
             while not holds():
                 await self._served.wait()
@@ -170,7 +170,7 @@ async def served(server: ApiServer, trust: ssl.SSLContext | None = None) -> Asyn
 
 
 class Seen:
-    """What a source has told, and how to wait for what it will tell."""
+    """The endpoints that a source has yielded, with a way to wait for the next ones."""
 
     def __init__(self, source: Endpoints) -> None:
         self.all: list[set[str]] = []
@@ -276,7 +276,7 @@ def test_bookmarks_move_the_version_on(tmp_path: Path) -> None:
 
 def test_a_version_that_is_too_old_is_listed_anew(tmp_path: Path) -> None:
     async def scene(server: ApiServer, seen: Seen, _: Path) -> None:
-        server.slices.pop("one")  # what the watch never tells
+        server.slices.pop("one")  # a change that the watch does not report
         server.forget()
         await server.break_watches()
         await seen.until("pod-2", "pod-3")

@@ -1,4 +1,4 @@
-"""A gateway is small: it runs where no engine could."""
+"""A gateway needs no engine: it runs where torch cannot be imported."""
 
 from __future__ import annotations
 

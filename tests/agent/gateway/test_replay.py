@@ -1,4 +1,4 @@
-"""A stream that changes agents in the middle: whatever the cut and the events, the client gets one answer."""
+"""A stream that changes agents in the middle: wherever it is cut, the client gets one consistent answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = ["The", " cat", " sat", "\n", "é", "", "🙂", " on", " the", " mat", 
 
 @dataclass
 class Answer:
-    """What a request comes to, wherever it is computed: the tokens of each choice."""
+    """The tokens of each choice of a request, which are the same wherever it is computed."""
 
     choices: list[list[str]]
     chat: bool
@@ -77,7 +77,7 @@ class Answer:
 
 @dataclass
 class Client:
-    """What somebody who reads the stream has in the end."""
+    """What a client that reads the stream has received in the end."""
 
     answer: Answer
 

@@ -205,7 +205,7 @@ def test_a_mirror_knows_what_the_log_knows(prompts: list[tuple[int, int]], data:
     again.update(log.report())
     assert set(again) == set(log)
     assert set(log) <= set(mirror)
-    for kind, end in prompts:  # what is known has no holes, which the search for the longest relies on
+    for kind, end in prompts:  # the known prefixes have no gaps, which the bisection in shared_with relies on
         known = [entry in log for entry in sketch([str(kind), TEXT[:end]], "").hashes]
         assert known == sorted(known, reverse=True)
 

@@ -68,7 +68,7 @@ class Scene:
             return 0
 
     async def first_is(self, agent: ScriptedAgent) -> None:
-        """From now on the others are busier, so that this one is asked first."""
+        """Report more load for the other agents, so that this one is asked first."""
         others = [other for other in self.agents if other is not agent]
         for other in others:
             other.change(in_flight=2)
@@ -101,7 +101,7 @@ def go(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def poll(work: Callable[[], Awaitable[Any]], holds: Callable[[Any], bool]) -> Any:
-    """What ``work`` gives, once it is what is waited for: of things that tell nobody when they happen."""
+    """Call ``work`` until ``holds`` of its result: for state that has no event to wait for."""
     async with asyncio.timeout(60):
         while True:
             got = await work()
@@ -240,7 +240,7 @@ def test_a_stream_goes_on_elsewhere_when_its_agent_is_lost(tmp_path: Path) -> No
                 got, headers = await s.stream()
                 assert text_of(got) == "Hello world"
                 assert got[-1] == "[DONE]"
-                assert {event["id"] for event in got[:-1]} == {"a"}  # one stream, for all the client sees
+                assert {event["id"] for event in got[:-1]} == {"a"}  # the client sees one stream
                 assert headers["x-blockyard-agent"] == "a"
                 assert a.requests[-1][1] == b.requests[-1][1]
                 metrics = await s.metrics()
@@ -331,7 +331,7 @@ def test_an_agent_that_falls_silent_is_not_chosen_not_forgotten_and_not_waited_f
             a.silent = True
             silent = await agents_when(s.client, s.url, lambda agents: not agents["a"]["ready"])
             assert silent["a"]["status"]["state"] == "ready"  # what it said last
-            assert silent["a"]["stale"] and silent["a"]["error"] == ""  # sooner than its answer is overdue
+            assert silent["a"]["stale"] and silent["a"]["error"] == ""  # before its answer is overdue
             status, answer, _ = await waiting
             assert (status, answer) == (200, {"from": "b"})
             assert (await s.ask())[1] == {"from": "b"}
@@ -423,9 +423,9 @@ def test_agents_come_and_go(tmp_path: Path) -> None:
             )
             assert agents["a"]["removed"] and not agents["a"]["ready"]
             assert (await s.ask())[1] == {"from": "b"}
-            a.released.set()  # what it had begun, it finishes
+            a.released.set()  # a removed agent finishes what it has begun
             assert (await waiting)[:2] == (200, {"from": "a"})
-            await all_ready(s.client, s.url, "b")  # and only then it is forgotten
+            await all_ready(s.client, s.url, "b")  # and is forgotten only then
             # None at all: requests wait for one.
             s.gateway.set_agents({})
             await agents_when(s.client, s.url, lambda agents: not agents)
@@ -574,7 +574,7 @@ def test_a_client_that_goes_away_takes_its_request_along(tmp_path: Path, stream:
             asking.cancel()
             await agent.until_open(0)
             await agents_when(s.client, s.url, lambda agents: agents["a"]["requests_from_here"] == 0)
-            assert len(agent.requests) == 1  # and it is nobody's failure
+            assert len(agent.requests) == 1  # and no failure is counted
 
     go(run())
 
@@ -595,7 +595,7 @@ def test_sigterm_finishes_what_is_open_and_takes_nothing_new(tmp_path: Path) -> 
                     assert late.headers["Connection"] == "close"
                 await poll(lambda: s.code("/readyz"), lambda code: code == 0)
                 assert s.gateway.process.poll() is None
-                # The open stream loses even its agent meanwhile, and still comes to its end.
+                # The open stream even loses its agent meanwhile, and is still completed.
                 agent.respond = agent.stream("Hel", "lo")
                 agent.change(incarnation="f" * 32)  # and its connection is still there
                 assert text_of(await events(response)) == "lo"

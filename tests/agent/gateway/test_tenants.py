@@ -96,7 +96,7 @@ def test_never_more_requests_than_the_rate_allows(rate: int, pauses: list[float]
         if refusal is not None:
             assert refusal.reason == "requests_per_minute"
             assert 1 <= refusal.retry_after <= 60 / rate + 1
-            # Whoever waits as long as told is let in.
+            # A tenant who waits as long as Retry-After says is served.
             clock.now += refusal.retry_after
             with limits.request("a"):
                 served += 1

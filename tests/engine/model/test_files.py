@@ -100,7 +100,7 @@ def test_a_gguf_file_becomes_the_model_it_was_made_of(cache: Path, llama: Path, 
 
 
 def fake_conversion(calls: list[Path]) -> Callable[[Path, Path], None]:
-    """Stands in where it is of no interest what is converted."""
+    """A conversion that only writes a marker, for tests in which its result does not matter."""
 
     def convert(source: Path, target: Path) -> None:
         calls.append(source)

@@ -1,4 +1,4 @@
-"""Text survives the way through tokens and pieces, whatever the pieces are."""
+"""Text survives encoding and piecewise decoding, whatever the pieces are."""
 
 from __future__ import annotations
 

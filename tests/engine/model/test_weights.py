@@ -127,7 +127,7 @@ def test_a_tensor_of_integers_is_named(model: Path) -> None:
     "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.mlp.up_proj.weight"]
 )
 def test_a_tensor_without_a_place_is_named(model: Path, name: str) -> None:
-    """It would be part of the model's answers, and they would only be a little wrong without it."""
+    """The tensor is part of the model; without it the answers would be subtly wrong."""
     rewrite(model, lambda tensors: tensors.update({name: torch.zeros(48)}))
     with pytest.raises(ConfigError, match=f"no place for: {name}"):
         load(model)
