@@ -236,6 +236,10 @@ class Cluster:
         """
         return self._vanished.pop((service.namespace, service.name), set())
 
+    def forget(self, key: Key) -> None:
+        """The service is gone."""
+        self._vanished.pop(key, None)
+
     async def relist(self, kube: Kube, namespaces: Sequence[str] = ()) -> None:
         """Read everything anew: at the start, and from time to time, because a watch that was restarted does
         not report what was deleted meanwhile. If a KubeError is raised, what was read so far is kept. A named

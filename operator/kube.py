@@ -489,7 +489,10 @@ class Kube:
 
     async def _renew(self) -> None:
         if self._load is not None:
-            fresh = await self._load()
+            try:
+                fresh = await self._load()
+            except SettingsError as error:  # a file that cannot be read at the moment
+                raise Unreachable(f"the credentials cannot be renewed: {error}") from error
             self.credentials.api_key = fresh.api_key
             self.credentials.refresh_api_key_hook = fresh.refresh_api_key_hook
 

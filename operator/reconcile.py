@@ -213,10 +213,11 @@ class Reconciler:
             pause = max(SECRET_INTERVAL / max(1, len(services)), 1 / SECRETS_PER_SECOND)
             await asyncio.sleep(pause)
             for service in services:
-                if not (service.deleting or service.paused or service.uid not in self._uids.values()):
+                key = service.namespace, service.name
+                if not (service.deleting or service.paused) and self._uids.get(key) == service.uid:
                     with contextlib.suppress(KubeError):
                         if await self._secrets.changed(service):
-                            self._queue.add((service.namespace, service.name))
+                            self._queue.add(key)
                 await asyncio.sleep(pause)
 
     def _wanted(self, key: Key) -> tuple[Service | None, Mapping[Name, Raw]]:
@@ -514,6 +515,7 @@ class Reconciler:
         """The LLMService with this uid is gone."""
         self._fleet.follow(key, {}, ())
         self._companions.forget(key)
+        self._cluster.forget(key)
         self._recorder.forget(uid)
         self._secrets.forget(uid)
         self._taken.pop(key, None)
