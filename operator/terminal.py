@@ -20,6 +20,7 @@ from rich.text import Text
 from ..user_cache import cache_folder
 from .local.manifest import Machine, ManifestError, check_runs_here, read, usable_gpus
 from .local.runtime import LocalRuntime, running_services
+from .refusals import explain
 from .view import overview
 
 REFRESH = 1.0  # seconds
@@ -130,6 +131,15 @@ def _has_cluster() -> bool:
     return Path(kubeconfig).is_file() or "KUBERNETES_SERVICE_HOST" in os.environ
 
 
+def words(error: Exception) -> str:
+    """What a person is told of a call to the cluster that failed."""
+    from .kube import ApiError, Unreachable
+
+    if isinstance(error, ApiError):
+        return explain(error).message
+    return f"the cluster does not answer: {error.why}" if isinstance(error, Unreachable) else str(error)
+
+
 async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
     """Print all services once, or keep showing them until Ctrl-C.
 
@@ -158,4 +168,4 @@ async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
             try:
                 found, problem = await ask(), Text()
             except KubeError as error:  # the last answer stays on the screen
-                problem = Text(f"the cluster does not answer: {error}", style="red")
+                problem = Text(words(error), style="red")
