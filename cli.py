@@ -110,7 +110,9 @@ def _operate(arguments: argparse.Namespace) -> int:
             return asyncio.run(terminal.up(arguments.manifest, arguments.port, arguments.keys))
         shown = terminal.show(arguments.namespace, here=arguments.local, follow=arguments.command == "top")
         return asyncio.run(shown)
-    except (KubeError, ManifestError, OperatorSettingsError) as error:
+    except KubeError as error:
+        raise EngineError(terminal.words(error)) from None
+    except (ManifestError, OperatorSettingsError) as error:
         raise EngineError(str(error)) from None
 
 

@@ -30,6 +30,7 @@ from .kube import (
     writers,
 )
 from .observed import SERVICE, Node, Pod, Service
+from .refusals import Refusal, explain_gateway
 from .workqueue import Key
 
 log = logging.getLogger("blockyard.operator.cluster")
@@ -187,18 +188,28 @@ def _is_ours(label: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """The Deployment of a service's gateway."""
+    """The Deployment of a service's gateway. ``refused`` is why its pods cannot be made, if that is so."""
 
     key: Key
     name: str
     ready: int
     generation: int
+    refused: Refusal | None = None
 
     @classmethod
     def of(cls, raw: Raw) -> Gateway:
-        ready = int((raw.get("status") or {}).get("readyReplicas") or 0)
+        metadata, status = raw["metadata"], raw.get("status") or {}
+        failed: Raw = next(
+            (c for c in status.get("conditions") or () if c.get("type") == "ReplicaFailure"), {}
+        )
         return cls(
-            service_of(raw), raw["metadata"]["name"], ready, int(raw["metadata"].get("generation") or 0)
+            service_of(raw),
+            metadata["name"],
+            int(status.get("readyReplicas") or 0),
+            int(metadata.get("generation") or 0),
+            explain_gateway(metadata["name"], failed.get("message") or "")
+            if failed.get("status") == "True"
+            else None,
         )
 
 

@@ -12,7 +12,7 @@ precondition (uid or resourceVersion), so repeating it after its answer was lost
     KubeError
     ├── NotLeading       this process must not write: another operator may act by now
     ├── Unreachable      no answer in time, after all attempts
-    └── ApiError         the API server refused the call; the message is its own
+    └── ApiError         the API server refused the call; ``refusals.explain`` has words for people
         ├── NotFound     404, also for a kind that the cluster does not have
         ├── Conflict     409: exists already, or a precondition does not hold
         ├── Gone         410: the snapshot of a list that is read in pages has expired
@@ -42,7 +42,7 @@ from .settings import OperatorSettings, SettingsError
 
 FIELD_MANAGER = "blockyard-operator"
 ATTEMPTS = 5
-CALL_TIMEOUT = 10.0  # seconds for one attempt
+CALL_TIMEOUT = 15.0  # seconds for one attempt; a hanging admission webhook is given up after 10 of them
 LIST_TIMEOUT = 30.0
 BACKOFF = 0.2  # seconds before the second attempt; doubled each time
 LONGEST_PAUSE = 10.0  # seconds between two attempts, whatever Retry-After asks for
@@ -65,16 +65,40 @@ class NotLeading(KubeError):
 
 
 class Unreachable(KubeError):
-    """No answer in time, after all attempts."""
+    """No answer in time, after all attempts. ``why`` is the message without the call."""
+
+    def __init__(self, why: str, call: str = "") -> None:
+        super().__init__(f"{call}: {why}" if call else why)
+        self.why = why
 
 
 class ApiError(KubeError):
-    """The API server's refusal."""
+    """The API server's refusal. As a string it is the call and the raw answer: that is for the log alone.
 
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        super().__init__(message)
+    ``reason``, ``message`` and ``details`` are those of the Status that was answered; ``verb``, ``kind`` and
+    ``name`` say what was asked for, and ``body`` is the object that was sent, but for Secrets.
+    """
+
+    def __init__(
+        self,
+        code: int,
+        reason: str,
+        message: str,
+        *,
+        call: str = "",
+        verb: str = "",
+        kind: str = "",
+        name: str = "",
+        details: Raw | None = None,
+        body: Raw | None = None,
+    ) -> None:
+        super().__init__(f"{call}: {message}" if call else message)
         self.code = code
         self.reason = reason
+        self.message = message
+        self.details: Raw = details or {}
+        self.verb, self.kind, self.name = verb, kind, name
+        self.body: Raw = body or {}
 
 
 class NotFound(ApiError):
@@ -105,6 +129,7 @@ _ERRORS: dict[int, type[ApiError]] = {
     410: Gone,
     422: Invalid,
 }
+_WEBHOOK = "admission webhook "  # begins the message of a refusal whose code is the webhook's choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +287,7 @@ class Kube:
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Raw | None:
         """The object as it is now; None if there is none."""
         try:
-            return await self._call("get", kind, kind.path(namespace, name))
+            return await self._call("get", kind, namespace, name)
         except NotFound:
             return None
 
@@ -273,9 +298,7 @@ class Kube:
         query = {"limit": str(PAGE_SIZE), **({"labelSelector": labels} if labels else {})}
         accept = _METADATA_LIST if metadata_only else _JSON
         while True:
-            found = await self._call(
-                "list", kind, kind.path(namespace), query=query, limit=LIST_TIMEOUT, accept=accept
-            )
+            found = await self._call("list", kind, namespace, query=query, limit=LIST_TIMEOUT, accept=accept)
             yield Page(found.get("items") or [], int(found["metadata"]["resourceVersion"]))
             after = found["metadata"].get("continue")
             if not after:
@@ -306,7 +329,8 @@ class Kube:
             try:
                 self._counted("watch", kind, answer.status)
                 if answer.status != 200:
-                    raise _refusal("watch", kind.path(namespace), answer.status, _parsed(await answer.read()))
+                    said = _parsed(await answer.read())
+                    raise _refusal("watch", kind, kind.path(namespace), answer.status, said)
                 # Not line by line: the reader has a limit for lines, and an object may be longer.
                 rest = b""
                 async for data in answer.content.iter_any():
@@ -314,18 +338,15 @@ class Kube:
                     for line in filter(None, lines):
                         event = json.loads(line)
                         if event["type"] == "ERROR":
-                            raise _refusal(
-                                "watch",
-                                kind.path(namespace),
-                                int(event["object"].get("code") or 500),
-                                event["object"],
-                            )
+                            said = event["object"]
+                            code = int(said.get("code") or 500)
+                            raise _refusal("watch", kind, kind.path(namespace), code, said)
                         yield Change(event["object"], event["type"] == "DELETED")
             finally:
                 answer.close()
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             self._counted("watch", kind, 0)
-            raise Unreachable(f"watch {kind.path(namespace)}: {error!r}") from error
+            raise Unreachable(repr(error), f"watch {kind.path(namespace)}") from error
 
     # ── Writing ───────────────────────────────────────────────────────────────────────────────────
 
@@ -336,9 +357,7 @@ class Kube:
         kind, namespace, name = kind_of(body), body["metadata"]["namespace"], body["metadata"]["name"]
         query = {"fieldManager": FIELD_MANAGER}
         try:
-            return await self._call(
-                "create", kind, kind.path(namespace), method="POST", query=query, body=body
-            )
+            return await self._call("create", kind, namespace, method="POST", query=query, body=body)
         except Conflict:
             found = await self.get(kind, namespace, name)
             if found is None or controller_uid(found) != controller_uid(body) or not controller_uid(body):
@@ -355,7 +374,8 @@ class Kube:
         return await self._call(
             "patch",
             kind,
-            kind.path(body["metadata"]["namespace"], body["metadata"]["name"]),
+            body["metadata"]["namespace"],
+            body["metadata"]["name"],
             method="PATCH",
             query={"fieldManager": FIELD_MANAGER, "force": str(force).lower()},
             body=body,
@@ -367,7 +387,8 @@ class Kube:
         return await self._call(
             "patch",
             kind,
-            kind.path(namespace, name),
+            namespace,
+            name,
             method="PATCH",
             query={"fieldManager": FIELD_MANAGER},
             body=patch,
@@ -379,7 +400,9 @@ class Kube:
         return await self._call(
             "patch",
             kind,
-            kind.path(namespace, name, "status"),
+            namespace,
+            name,
+            subresource="status",
             method="PATCH",
             query={"fieldManager": FIELD_MANAGER},
             body=[
@@ -391,9 +414,8 @@ class Kube:
 
     async def replace(self, body: Raw) -> Raw:
         """Write the whole object, in one attempt; Conflict if it has changed since it was read."""
-        kind = kind_of(body)
-        path = kind.path(body["metadata"]["namespace"], body["metadata"]["name"])
-        return await self._call("update", kind, path, method="PUT", body=body, attempts=1)
+        namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
+        return await self._call("update", kind_of(body), namespace, name, method="PUT", body=body, attempts=1)
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, uid: str = "", grace_seconds: int | None = None
@@ -405,9 +427,7 @@ class Kube:
         if grace_seconds is not None:
             options["gracePeriodSeconds"] = grace_seconds
         try:
-            found = await self._call(
-                "delete", kind, kind.path(namespace, name), method="DELETE", body=options
-            )
+            found = await self._call("delete", kind, namespace, name, method="DELETE", body=options)
         except NotFound:
             return None
         except Conflict:
@@ -423,8 +443,10 @@ class Kube:
         self,
         verb: str,
         kind: Kind,
-        path: str,
+        namespace: str | None,
+        name: str | None = None,
         *,
+        subresource: str = "",
         method: str = "GET",
         query: dict[str, str] | None = None,
         body: Any = None,
@@ -433,6 +455,7 @@ class Kube:
         limit: float = CALL_TIMEOUT,
         attempts: int = ATTEMPTS,
     ) -> Raw:
+        path = kind.path(namespace, name, subresource)
         url = self.credentials.host + path + (f"?{urlencode(query)}" if query else "")
         renewed = False
         guarded = verb not in ("get", "list") and kind is not LEASE
@@ -447,7 +470,7 @@ class Kube:
                 self._counted(verb, kind, 0)
                 if attempt == attempts:
                     what = str(error) or f"no answer in {limit:g} s"
-                    raise Unreachable(f"{verb} {path}: {what} ({attempts} attempts)") from error
+                    raise Unreachable(f"{what} ({attempts} attempts)", f"{verb} {path}") from error
             else:
                 self._counted(verb, kind, code)
                 if code < 400:
@@ -457,11 +480,11 @@ class Kube:
                     renewed = True
                     await self._renew()
                 elif (code != 429 and code < 500) or attempt == attempts:
-                    raise _refusal(verb, path, code, data)
+                    raise _refusal(verb, kind, path, code, data, name or "", body)
                 elif (wanted := headers.get("Retry-After", "")).isdigit():
                     pause = max(pause, min(float(wanted), LONGEST_PAUSE))
             await asyncio.sleep(pause)
-        raise Unreachable(f"{verb} {path}: unauthorized ({attempts} attempts)")
+        raise Unreachable(f"unauthorized ({attempts} attempts)", f"{verb} {path}")
 
     def _counted(self, verb: str, kind: Kind, code: int) -> None:
         if self._count is not None:
@@ -505,6 +528,22 @@ def _parsed(data: bytes) -> Raw:
     return found if isinstance(found, dict) else {"message": str(found)}
 
 
-def _refusal(verb: str, path: str, code: int, data: Raw) -> ApiError:
-    reason, message = str(data.get("reason") or ""), str(data.get("message") or f"HTTP status {code}")
-    return _ERRORS.get(code, ApiError)(code, reason, f"{verb} {path}: {message}")
+def _refusal(
+    verb: str, kind: Kind, path: str, code: int, data: Raw, name: str = "", body: Any = None
+) -> ApiError:
+    """The error for an answer. ``body`` is what was sent."""
+    message, details = str(data.get("message") or f"HTTP status {code}"), data.get("details")
+    sent = body if isinstance(body, dict) else {}
+    # Not Conflict or NotFound for a webhook's denial, for then it says nothing of what is there.
+    of_kind = ApiError if message.startswith(_WEBHOOK) else _ERRORS.get(code, ApiError)
+    return of_kind(
+        code,
+        str(data.get("reason") or ""),
+        message,
+        call=f"{verb} {path}",
+        verb=verb,
+        kind=kind.name,
+        name=name or str((sent.get("metadata") or {}).get("name") or ""),
+        details=details if isinstance(details, dict) else {},
+        body={} if kind is SECRET else sent,
+    )

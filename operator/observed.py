@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ..agent.protocol import AgentStatus
 from .api import GROUP, LLMServiceSpec
+from .refusals import Refusal
 
 FINALIZER = f"{GROUP}/drain"
 PAUSED = f"{GROUP}/paused"  # annotation of an LLMService: "true" stops every change
@@ -249,10 +250,11 @@ class Observed:
     """All that is known of one service at one moment.
 
     ``pods`` are its agents' pods, terminating ones included; ``nodes`` all nodes by name. ``revision`` is
-    what ``children.revision`` says of the spec ("" without one). ``refused`` is what the API server answered
-    to the last write that it refused, until one goes through. ``taken`` says which objects that it needs have
-    names that others took, ``missing`` which of its protections are not there, both in words. ``occupied``
-    are names that its pods cannot have.
+    what ``children.revision`` says of the spec ("" without one). ``refused`` is why the API server refused
+    the last write that it refused, until one goes through; ``gateway_refused`` is the same for the pods of
+    the gateway's Deployment. ``taken`` says which objects that it needs have names that others took,
+    ``missing`` which of its protections are not there, both in words. ``occupied`` are names that its pods
+    cannot have.
     """
 
     service: Service
@@ -261,7 +263,8 @@ class Observed:
     revision: str
     gateway_ready: int
     now: float
-    refused: str = ""
+    refused: Refusal | None = None
+    gateway_refused: Refusal | None = None
     taken: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     occupied: frozenset[str] = frozenset()

@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-from . import autoscale, children, replicas, status
+from . import autoscale, children, refusals, replicas, status
 from .autoscale import Scale
 from .children import Defaults, TemplateError
 from .cluster import MANAGED, Cluster, Custom, Owned, owned_by
@@ -54,6 +54,7 @@ from .observed import (
     Service,
     stamp,
 )
+from .refusals import Refusal
 from .replicas import Action, Create, Delete, Drain, Release
 from .workqueue import Key, WorkQueue
 
@@ -105,7 +106,7 @@ class Reconciler:
         self._taken: dict[Key, tuple[str, ...]] = {}  # names that others have, in words
         self._occupied: dict[Key, set[str]] = {}  # names that no pod of the service can have
         self._uids: dict[Key, str] = {}  # the services that have been seen
-        self._refused: dict[Key, str] = {}  # what the API server last refused, until a round goes through
+        self._refused: dict[Key, Refusal] = {}  # the last refusal of a write, until a round goes through
         self._load_written: dict[Key, float] = {}  # when a status was last written
 
     async def run(self, workers: int, namespaces: Sequence[str], resync_seconds: float) -> None:
@@ -258,10 +259,10 @@ class Reconciler:
                 await self._let_go(custom)
                 return
             if isinstance(error, ApiError) and not isinstance(error, Conflict):
-                self._refused[key] = str(error)
+                self._refused[key] = refusals.explain(error)
         except Exception as error:  # noqa: BLE001 -- raised below, after the status was written
             problem = error
-            self._refused[key] = f"internal error of the operator: {error!r}"
+            self._refused[key] = refusals.of_defect(error)
         current = self._cluster.services.get(key)
         if current is not None and current.service.uid == service.uid:
             # The status describes the spec that this round worked on, not one that was written meanwhile.
@@ -301,7 +302,8 @@ class Reconciler:
             revision=revision,
             gateway_ready=0 if gateway is None else gateway.ready,
             now=self._clock(),
-            refused=self._refused.get(key, ""),
+            refused=self._refused.get(key),
+            gateway_refused=None if gateway is None else gateway.refused,
             taken=self._taken.get(key, ()),
             missing=missing,
             occupied=frozenset(self._occupied.get(key, ())),

@@ -155,13 +155,15 @@ class _View:
             return "False", reasons.NAME_TAKEN, "; ".join(self.observed.taken)
         enough = max(1, self.spec.replicas - self.spec.rollout.max_unavailable)
         if len(self.ready) < enough:
-            if self.observed.refused:
-                return "False", reasons.REFUSED, f"{self.counted}; {self.observed.refused}"
+            if refused := self.observed.refused:
+                return "False", refused.reason, f"{self.counted}; {refused.message}"
             if self.troubles:
                 return "False", self.troubles[0][0], self._with_troubles(self.counted)
             return "False", reasons.AGENTS_NOT_READY, self.counted
         if self.spec.gateway.replicas and not self.observed.gateway_ready:
             words = f"{self.counted}, but no pod of Deployment {service.name}-gateway is"
+            if refused := self.observed.gateway_refused:
+                return "False", refused.reason, f"{words}; {refused.message}"
             return "False", reasons.GATEWAY_NOT_READY, words
         return "True", reasons.ALL_READY, self.counted
 
@@ -217,8 +219,8 @@ class _View:
     def degraded_verdict(self) -> _Verdict:
         if self.spec is None and not self.observed.service.deleting:
             return "True", reasons.INVALID_SPEC, self.observed.service.problem
-        if self.observed.refused:
-            return "True", reasons.REFUSED, self.observed.refused
+        if refused := self.observed.refused or self.observed.gateway_refused:
+            return "True", refused.reason, refused.message
         if self.observed.taken:
             return "True", reasons.NAME_TAKEN, "; ".join(self.observed.taken)
         troubles = [*self.troubles, *((reasons.PROTECTION_MISSING, words) for words in self.observed.missing)]

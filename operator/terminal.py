@@ -28,6 +28,7 @@ from .local.manifest import (
     usable_gpus,
 )
 from .local.runtime import DEFAULTS, LocalRuntime, running_services
+from .refusals import explain
 from .view import overview
 
 REFRESH = 1.0  # seconds
@@ -158,6 +159,15 @@ def _has_cluster() -> bool:
     return Path(kubeconfig).is_file() or "KUBERNETES_SERVICE_HOST" in os.environ
 
 
+def words(error: Exception) -> str:
+    """What a person is told of a call to the cluster that failed."""
+    from .kube import ApiError, Unreachable
+
+    if isinstance(error, ApiError):
+        return explain(error).message
+    return f"the cluster does not answer: {error.why}" if isinstance(error, Unreachable) else str(error)
+
+
 async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
     """Print all services once, or keep showing them until Ctrl-C.
 
@@ -186,4 +196,4 @@ async def show(namespace: str | None, *, here: bool, follow: bool) -> int:
             try:
                 found, problem = await ask(), Text()
             except KubeError as error:  # the last answer stays on the screen
-                problem = Text(f"the cluster does not answer: {error}", style="red")
+                problem = Text(words(error), style="red")

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import autoscale, children, replicas, status
+from .. import autoscale, children, reasons, replicas, status
 from ..autoscale import Scale
 from ..children import Defaults, TemplateError
 from ..fleet import Fleet
 from ..observed import UNSCHEDULABLE, Node, Observed, Pod, Service
+from ..refusals import Refusal
 from ..replicas import Action, Create, Delete, Drain, Release
 from ..workqueue import WorkQueue
 from .manifest import Machine, ManifestError, check_runs_here, read
@@ -203,7 +204,7 @@ class LocalRuntime:
             revision=children.revision(spec, DEFAULTS),
             gateway_ready=spec.gateway.replicas if self.gateway is not None and self.gateway.running else 0,
             now=time.time(),
-            refused=self.problem,
+            refused=Refusal(reasons.INVALID_SPEC, self.problem) if self.problem else None,
         )
         scale = autoscale.plan(observed)
         actions: list[Action | Scale] = [scale] if scale is not None else [*replicas.plan(observed)]

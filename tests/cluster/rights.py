@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +54,10 @@ def missed(log: Path, user: str) -> set[str]:
         f"{right.verb} {right.resource}.{right.group}: {event['responseStatus'].get('message')}"
         for event, right in _requests(log, user)
         if event["responseStatus"]["code"] == 403
-        # No right helps where the namespace is on its way out.
-        and "because it is being terminated" not in str(event["responseStatus"].get("message"))
+        # No right helps where the namespace is on its way out, or a quota is used up.
+        and not re.search(
+            "because it is being terminated|exceeded quota", str(event["responseStatus"].get("message"))
+        )
     }
 
 
