@@ -199,18 +199,24 @@ class Gateway:
     @classmethod
     def of(cls, raw: Raw) -> Gateway:
         metadata, status = raw["metadata"], raw.get("status") or {}
-        failed: Raw = next(
-            (c for c in status.get("conditions") or () if c.get("type") == "ReplicaFailure"), {}
-        )
         return cls(
             service_of(raw),
             metadata["name"],
             int(status.get("readyReplicas") or 0),
             int(metadata.get("generation") or 0),
-            explain_gateway(metadata["name"], failed.get("message") or "")
-            if failed.get("status") == "True"
-            else None,
+            _refused(raw),
         )
+
+
+def _refused(deployment: Raw) -> Refusal | None:
+    """Why pods of its newest template cannot be made. Whether older ones can be made does not matter."""
+    status, wanted = deployment.get("status") or {}, (deployment.get("spec") or {}).get("replicas", 1)
+    if int(status.get("updatedReplicas") or 0) >= wanted:
+        return None
+    for condition in status.get("conditions") or ():
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            return explain_gateway(deployment["metadata"]["name"], condition.get("message") or "")
+    return None
 
 
 class Cluster:

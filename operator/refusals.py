@@ -4,7 +4,8 @@ A message says what cannot be done, why, with the numbers, and what to change. T
 fields of an object that the user has not written, paths of the API, and objects of other people. So each kind
 of refusal is recognised by its text (the tests hold the real ones), and only what matters is taken over. What
 other people have written, such as a policy's message, is quoted without paths of the API, structures and what
-looks like a credential. All messages have a bounded length.
+looks like a credential. All messages have a bounded length, and the same refusal always has the same words,
+although the API server lists what is wrong with an object in an order that changes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from . import reasons
 
 LONGEST_MESSAGE = 900
+LONGEST_QUOTE = 500
 LONGEST_ANSWER = 4000  # characters of an answer that are looked at
 LONGEST_NAME = 253
 LONGEST_VALUE = 64  # a longer value is left out, for the field's name is enough
@@ -239,9 +241,9 @@ def _quota_demands(case: _Case) -> _Words | None:
     for part in match[2].split(";"):
         names, _, containers = part.strip().partition(" for: ")
         places = [container.strip() for container in containers.split(",") if container.strip()]
-        lacks.append(f"{names} of {', '.join(places)}" if places else names)
+        lacks.append(f"{names} of container {', '.join(places)}" if places else names)
         fields += [f"{case.template}.spec.containers[{place}].resources" for place in places]
-    why = f"it lacks {' and '.join(lacks)}, which ResourceQuota {match[1]} demands"
+    why = f"it lacks {' and '.join(sorted(lacks))}, which ResourceQuota {match[1]} demands"
     where = " and ".join(dict.fromkeys(fields)) or f"resources in {case.template}.spec.containers"
     remedy = f"set that in {where}, or make a LimitRange with defaults"
     return _Words(reasons.LIMITS_MISSING, why, remedy)
@@ -251,7 +253,7 @@ def _limit_range(case: _Case) -> _Words | None:
     if _LIMIT.search(case.text) is None:
         return None
     text = _NO_LIMIT.sub(r", but no \1 is specified", case.text.removeprefix("[").removesuffix("]"))
-    text = re.sub(r", (?=minimum |maximum |\S+ max limit)", "; ", text)
+    text = "; ".join(sorted(re.split(r", (?=minimum |maximum |\S+ max limit)", text)))
     remedy = f"change resources in {case.template}.spec.containers, or the LimitRange"
     return _Words(reasons.LIMIT_RANGE_VIOLATED, f"a LimitRange of the namespace forbids it: {text}", remedy)
 
@@ -271,7 +273,7 @@ def _limit_range_default(case: _Case) -> _Words | None:
         )
     if not found:
         return None
-    why = f"a LimitRange of the namespace sets limits that are too low: {'; '.join(found)}"
+    why = f"a LimitRange of the namespace sets limits that are too low: {'; '.join(sorted(found))}"
     remedy = f"set resources in {case.template}.spec.containers, or change the LimitRange"
     return _Words(reasons.LIMIT_RANGE_VIOLATED, why, remedy)
 
@@ -311,7 +313,7 @@ def _policy(case: _Case) -> _Words | None:
     match = _POLICY.search(case.text)
     if match is None:
         return None
-    why = f'ValidatingAdmissionPolicy {match[1]} denies it: "{match[2].strip()}"'
+    why = f"ValidatingAdmissionPolicy {match[1]} denies it: {_quoted(match[2])}"
     return _Words(reasons.POLICY_DENIED, why, _ask("policy"))
 
 
@@ -319,8 +321,12 @@ def _webhook_denies(case: _Case) -> _Words | None:
     match = _WEBHOOK_DENIES.search(case.text)
     if match is None:
         return None
-    said = f': "{match[2].strip()}"' if (match[2] or "").strip() else " and does not say why"
+    said = f": {_quoted(match[2])}" if (match[2] or "").strip() else " and does not say why"
     return _Words(reasons.WEBHOOK_DENIED, f"admission webhook {match[1]} denies it{said}", _ask("webhook"))
+
+
+def _quoted(text: str) -> str:
+    return f'"{_short(plain(text), LONGEST_QUOTE)}"'
 
 
 def _ask(what: str) -> str:
@@ -464,8 +470,9 @@ def _invalid(case: _Case) -> _Words | None:
         causes = [_Cause("spec", match[1])]
     if not causes:
         return None
-    more = f"; and {len(causes) - MOST_FIELDS} more" if len(causes) > MOST_FIELDS else ""
-    fields = "; ".join(f"{_field(case, each.field)}: {_fault(each.text)}" for each in causes[:MOST_FIELDS])
+    faults = sorted(f"{_field(case, each.field)}: {_fault(each.text)}" for each in causes)
+    more = f"; and {len(faults) - MOST_FIELDS} more" if len(faults) > MOST_FIELDS else ""
+    fields = "; ".join(faults[:MOST_FIELDS])
     if case.kind not in _TEMPLATED:
         remedy = "correct the LLMService if it asks for that, or delete the object, which is then made again"
         return _Words(reasons.REFUSED, f"it is not valid: {fields}{more}", remedy)

@@ -157,7 +157,7 @@ PLACES: dict[str, Callable[[Place], None]] = {
         **{"pods": "0", "requests.memory": "1Gi", "requests.nvidia.com/gpu": "1"}
     ),
     "Services beyond a quota": lambda place: place.quota(services="0"),
-    "limits that a quota demands": lambda place: place.quota(**{"limits.cpu": "4", "limits.memory": "4Gi"}),
+    "limits that a quota demands": lambda place: place.quota(**{"limits.cpu": "4"}),
     "a container above a LimitRange": lambda place: place.limits(
         {"type": "Container", "max": {"cpu": "500m"}}
     ),
@@ -165,13 +165,13 @@ PLACES: dict[str, Callable[[Place], None]] = {
         {"type": "Container", "min": {"cpu": "2"}, "maxLimitRequestRatio": {"memory": "1"}}
     ),
     "a container above the limits that a LimitRange gives": lambda place: place.limits(
-        {"type": "Container", "default": {"cpu": "500m", "memory": "1Gi"}}
+        {"type": "Container", "default": {"cpu": "500m"}}
     ),
     "a pod above a LimitRange": lambda place: place.limits(
         {"type": "Pod", "max": {"cpu": "500m"}, "min": {"memory": "100Gi"}}
     ),
     "a pod without the limits of a LimitRange": lambda place: place.limits(
-        {"type": "Pod", "max": {"cpu": "500m", "memory": "1Gi"}}
+        {"type": "Pod", "max": {"cpu": "500m"}}
     ),
     "a pod that is not baseline": lambda place: place.enforce("baseline"),
     "a pod that is not restricted": lambda place: place.enforce("restricted"),
@@ -340,7 +340,7 @@ def test_a_refusal_is_said_in_the_status_and_events_and_goes_from_them_when_it_i
         operator = start()
         model = {"hub": {"name": "SmolLM2-135M-Instruct"}}
         cluster.create(manifest("large", namespace, device="cuda", tensorParallel=2, model=model))
-        front = {"replicas": 1, "template": {"spec": {"hostNetwork": True}}}
+        front = {"replicas": 1, "template": {"spec": {"hostPID": True}}}
         cluster.create(manifest("front", namespace, gateway=front, model=model))
         large, gateway = Service(cluster, "large", namespace), Service(cluster, "front", namespace)
 
@@ -358,10 +358,10 @@ def test_a_refusal_is_said_in_the_status_and_events_and_goes_from_them_when_it_i
 
         found = gateway.wait(lambda found: reason(found, "Degraded")[0] == "PodSecurityViolated")
         words = "pods of Deployment front-gateway cannot be created"
-        assert words in reason(found, "Degraded")[1] and "hostNetwork=true" in reason(found, "Degraded")[1]
+        assert words in reason(found, "Degraded")[1] and "hostPID=true" in reason(found, "Degraded")[1]
 
         more = {"spec": {"hard": {"requests.nvidia.com/gpu": "2"}}}
         cluster.patch("ResourceQuota", "team", namespace, more)
         large.wait(lambda found: reason(found, "Degraded")[0] == "Unschedulable")
-        gateway.patch(gateway={"replicas": 1, "template": {"spec": {"hostNetwork": None}}})
+        gateway.patch(gateway={"replicas": 1, "template": {"spec": {"hostPID": None}}})
         gateway.wait(lambda found: reason(found, "Degraded")[0] == "Unschedulable")

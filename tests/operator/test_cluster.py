@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockyard.operator.cluster import Cluster, Mirror, key_of
+from blockyard.operator.cluster import Cluster, Gateway, Mirror, key_of
 from blockyard.operator.observed import SERVICE
 from blockyard.operator.workqueue import Key
 
@@ -146,3 +146,18 @@ def test_a_change_marks_the_services_that_it_concerns_and_no_other() -> None:
     dirty.clear()
     cluster.nodes.drop(node("n1", 8))
     assert dirty == [("default", "s")] and "n1" not in cluster.nodes_by_name
+
+
+def test_a_gateway_whose_newest_pods_are_refused_says_why_until_they_are_there() -> None:
+    def gateway(pod: str, updated: int) -> Gateway:
+        quota = "exceeded quota: q, requested: a=1, used: a=1, limited: a=1"
+        message = f'pods "s-gateway-1-{pod}" is forbidden: {quota}'
+        failure = {"type": "ReplicaFailure", "status": "True", "message": message}
+        metadata = {"name": "s-gateway", "namespace": "default", "generation": 1}
+        status = {"updatedReplicas": updated, "conditions": [failure]}
+        return Gateway.of({"metadata": metadata, "spec": {"replicas": 2}, "status": status})
+
+    one, other = gateway("aaaaa", 1), gateway("bbbbb", 1)
+    assert one.refused is not None and one.refused.reason == "QuotaExceeded"
+    assert one == other, "another attempt is no news"
+    assert gateway("aaaaa", 2).refused is None, "older pods are refused, which nobody misses"

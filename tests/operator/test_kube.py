@@ -171,12 +171,43 @@ def test_refusals_are_told_apart_carry_the_servers_words_and_are_not_repeated(
     run(scenario())
 
 
+def test_a_refusal_knows_what_was_asked_for_and_keeps_no_secret() -> None:
+    async def scenario() -> None:
+        async with connected() as (server, kube):
+            server.faults.append(Fault(any_call, times=99, code=422))
+            secret = {**pod("s"), "kind": "Secret", "data": {"token": "dG9rZW4="}}
+            for made, sent in ((pod("a"), pod("a")), (secret, {})):
+                with pytest.raises(Invalid) as caught:
+                    await kube.create(made)
+                error, name = caught.value, made["metadata"]["name"]
+                assert (error.verb, error.kind, error.name) == ("create", made["kind"], name)
+                assert (error.reason, error.message, error.body) == ("Fault", "a fault of the test", sent)
+            with pytest.raises(Invalid) as caught:
+                await kube.merge(POD, "default", "b", {"metadata": {"labels": {}}})
+            assert (caught.value.verb, caught.value.kind, caught.value.name) == ("patch", "Pod", "b")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("code", [404, 409, 410])
+def test_the_code_of_a_webhooks_denial_says_nothing_of_what_is_there(code: int) -> None:
+    async def scenario() -> None:
+        async with connected() as (server, kube):
+            message = 'admission webhook "w" denied the request: no'
+            server.faults.append(Fault(any_call, times=99, code=code, message=message))
+            with pytest.raises(ApiError, match="denied") as caught:
+                await kube.create(pod("a"))
+            assert type(caught.value) is ApiError and len(server.calls) == 1
+
+    run(scenario())
+
+
 def test_nobody_there_and_no_answer_in_time_are_unreachable() -> None:
     async def scenario() -> None:
         async with connected() as (server, kube):
             server.gate = asyncio.Event()
             with pytest.raises(Unreachable, match=r"no answer in 0.05 s \(5 attempts\)"):
-                await kube._call("create", POD, POD.path("default"), method="POST", body=pod("a"), limit=0.05)
+                await kube._call("create", POD, "default", method="POST", body=pod("a"), limit=0.05)
             server.gate.set()
             nobody = Kube(server.credentials())
         with pytest.raises(Unreachable, match="5 attempts"):
@@ -189,7 +220,7 @@ def test_nobody_there_and_no_answer_in_time_are_unreachable() -> None:
 def test_a_page_of_a_proxy_is_no_json_and_becomes_the_message() -> None:
     async def scenario() -> None:
         with pytest.raises(ApiError, match="<html>sorry"):
-            raise kube_module._refusal("get", "/x", 400, {"message": "<html>sorry"})
+            raise kube_module._refusal("get", POD, "/x", 400, {"message": "<html>sorry"})
 
     run(scenario())
 

@@ -482,20 +482,29 @@ def test_a_defect_in_one_services_round_is_said_on_it_and_stops_no_other(
     run(scenario())
 
 
-def test_what_the_api_server_refuses_is_said_in_its_words_until_it_goes_through() -> None:
+def test_what_the_api_server_refuses_is_said_for_people_until_it_goes_through_and_raw_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quota = "exceeded quota: gpus, requested: pods=1, used: pods=4, limited: pods=4"
+
     async def scenario() -> None:
         async with world() as (server, _agents, _kubelet), Life(server):
 
             def posts(method: str, path: str) -> bool:
                 return method == "POST" and path.endswith("/pods")
 
-            server.faults.append(Fault(posts, times=10**6, code=403, message="exceeded quota: gpus"))
+            server.faults.append(Fault(posts, times=10**6, code=403, message=quota))
             await server.put(LLM_SERVICE, service())
-            await server.until(lambda: "exceeded quota: gpus" in condition(server, "Ready")[2])
-            assert condition(server, "Degraded")[:2] == ("True", "Refused")
+            await server.until(lambda: condition(server, "Ready")[1] == "QuotaExceeded")
+            words = "it exceeds ResourceQuota gpus: pods (4 used, 1 asked, 4 allowed); raise the quota"
+            assert words in condition(server, "Ready")[2]
+            assert condition(server, "Degraded")[:2] == ("True", "QuotaExceeded")
+            await server.until(lambda: words in str(server.all(EVENT)))
+            assert "/api" not in str([event["message"] for event in server.all(EVENT)])
             server.faults.clear()
             await server.until(ready(server, 1))
             assert condition(server, "Degraded")[0] == "False"
+            assert f"create /api/v1/namespaces/default/pods: {quota}" in caplog.text
 
     run(scenario())
 
@@ -754,8 +763,8 @@ def test_a_kind_that_the_cluster_does_not_have_is_said_and_costs_nothing_else() 
             await server.put(LLM_SERVICE, service(replicas=0))
             await server.until(lambda: condition(server, "Ready")[1] == "ScaledToZero")
             await server.change(LLM_SERVICE, "s", {"spec": {"monitoring": {"serviceMonitor": True}}})
-            await server.until(lambda: condition(server, "Degraded")[:2] == ("True", "Refused"))
-            assert "servicemonitors" in condition(server, "Degraded")[2]
+            await server.until(lambda: condition(server, "Degraded")[:2] == ("True", "KindMissing"))
+            assert "spec.monitoring.serviceMonitor" in condition(server, "Degraded")[2]
 
     run(scenario())
 

@@ -10,6 +10,7 @@ import pytest
 from blockyard.operator import reasons, status
 from blockyard.operator.api import LLMServiceSpec
 from blockyard.operator.observed import Node, Observed, Pod, Report, stamp
+from blockyard.operator.refusals import Refusal
 from blockyard.operator.replicas import Create, Delete, Drain, Release
 
 from .simulated import agent_status
@@ -31,6 +32,7 @@ def crashing(name: str) -> Pod:
 
 
 UNSCHEDULABLE = pending("a", message=SCHEDULER)
+QUOTA = Refusal(reasons.QUOTA_EXCEEDED, "pod a cannot be created: it exceeds ResourceQuota team")
 GATEWAY_DOWN = replace(seen(agent("a")), gateway_ready=0)
 NO_GATEWAY = LLMServiceSpec.model_validate({"model": {"hub": {"name": "m"}}, "gateway": {"replicas": 0}})
 
@@ -58,11 +60,39 @@ CASES: dict[str, tuple[Observed, str, str, str, str]] = {
     ),
     "it is deleted": (seen(agent("a"), deleting=True), "Ready", "False", reasons.DELETING, ""),
     "the API server refuses a pod": (
-        replace(seen(), refused="pods is forbidden: exceeded quota"),
+        replace(seen(), refused=QUOTA),
         "Ready",
         "False",
-        reasons.REFUSED,
-        "exceeded quota",
+        reasons.QUOTA_EXCEEDED,
+        "0 of 1 agents are ready; pod a cannot be created",
+    ),
+    "the API server refuses a pod while enough are ready": (
+        replace(seen(agent("a")), refused=QUOTA),
+        "Ready",
+        "True",
+        reasons.ALL_READY,
+        "",
+    ),
+    "then a person should look": (
+        replace(seen(agent("a")), refused=QUOTA),
+        "Degraded",
+        "True",
+        reasons.QUOTA_EXCEEDED,
+        "pod a cannot be created",
+    ),
+    "the API server refuses the gateway's pods": (
+        replace(GATEWAY_DOWN, gateway_refused=QUOTA),
+        "Ready",
+        "False",
+        reasons.QUOTA_EXCEEDED,
+        "no pod of Deployment llm-gateway is; pod a cannot be created",
+    ),
+    "the API server refuses a gateway's new pods, and old ones serve": (
+        replace(seen(agent("a")), gateway_refused=QUOTA),
+        "Degraded",
+        "True",
+        reasons.QUOTA_EXCEEDED,
+        "pod a cannot be created",
     ),
     "one may be missing": (
         seen(agent("a"), replicas=2, rollout={"maxUnavailable": 1}),
