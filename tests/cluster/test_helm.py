@@ -347,28 +347,29 @@ def test_a_namespace_that_is_deleted_ends_and_can_come_back(
     cluster: Cluster, release: Release, named: bool
 ) -> None:
     """With an agent that runs; in a namespace that stays, services are served as before."""
-    places = ("leaving", "staying")
+    of = "named" if named else "all"
+    leaving, staying = places = (f"leaving-{of}", f"staying-{of}")
     for name in places:
         cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     values: Raw = {"namespaces": list(places)} if named else {}
     release.install(**values)
     release.holder()
-    cluster.create(service("leaving", replicas=1))
-    cluster.wait("LLMService", "model", "leaving", settled(1), limit=STARTING)
-    cluster.delete("Namespace", "leaving")
-    cluster.wait_until_gone("Namespace", "leaving", None, limit=LIMIT)
-    cluster.create(service("staying"))
-    cluster.wait("LLMService", "model", "staying", observed, limit=LIMIT)
+    cluster.create(service(leaving, replicas=1))
+    cluster.wait("LLMService", "model", leaving, settled(1), limit=STARTING)
+    cluster.delete("Namespace", leaving)
+    cluster.wait_until_gone("Namespace", leaving, None, limit=STARTING)
+    cluster.create(service(staying))
+    cluster.wait("LLMService", "model", staying, observed, limit=STARTING)
     if named:
-        cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "leaving"}})
+        cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": leaving}})
         release.upgrade(**values)
-        cluster.create(service("leaving"))
-        cluster.wait("LLMService", "model", "leaving", observed, limit=LIMIT)
-    cluster.kubectl("delete", "llms", "--all", "--all-namespaces", f"--timeout={LIMIT:.0f}s")
+        cluster.create(service(leaving))
+        cluster.wait("LLMService", "model", leaving, observed, limit=STARTING)
+    cluster.kubectl("delete", "llms", "--all", "--all-namespaces", f"--timeout={STARTING:.0f}s")
     for name in places:
         if cluster.find("Namespace", name):
             cluster.delete("Namespace", name)
-            cluster.wait_until_gone("Namespace", name, None, limit=LIMIT)
+            cluster.wait_until_gone("Namespace", name, None, limit=STARTING)
 
 
 # ── Rights ────────────────────────────────────────────────────────────────────────────────────────────────
