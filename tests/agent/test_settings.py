@@ -38,6 +38,7 @@ VALUES: dict[str, Any] = {
     "threads": 3,
     "max_queue": 17,
     "token": "sesame",
+    "token_dir": Path("of-tokens"),
     "max_body_bytes": 2048,
     "client_timeout": 8.5,
     "grace_period": 12.5,
@@ -84,8 +85,8 @@ def test_every_setting_can_be_given_in_every_way(
     by_flag = from_command_line(monkeypatch, *rest, f"--{name.replace('_', '-')}", text(value))
     assert getattr(by_flag, name) == value
     for suffix, content in (
-        ("toml", f"{name} = {json.dumps(value)}\n"),
-        ("json", json.dumps({name: value})),
+        ("toml", f"{name} = {json.dumps(value, default=str)}\n"),
+        ("json", json.dumps({name: value}, default=str)),
     ):
         file = tmp_path / f"agent.{suffix}"
         file.write_text(content)

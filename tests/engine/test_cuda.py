@@ -68,7 +68,8 @@ def test_ids_equal_transformers_and_the_cpu_with_graphs_and_without(
     path = make_model(family, tmp_path)
     reference: Any = load_reference(path)
     reference.to(DEVICE)
-    prompts = random_prompts(9, 160)  # decodes of 9, which no graph has, and fewer as they end
+    # Decode steps have 9 sequences, a size without a graph of its own, and fewer as sequences end.
+    prompts = random_prompts(9, 160)
     expected = [generate(reference, prompt, 24) for prompt in prompts]
     for graphs in (True, False):
         replayed.clear()
