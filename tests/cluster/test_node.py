@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def until(holds: Callable[[], bool], limit: float = 60.0) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def lost_pod(cluster: Cluster, nodes: NodeStandIn) -> None:
+def lost_pod(cluster: Cluster, nodes: NodeStandIn) -> Iterator[None]:
     """A pod whose node was removed: made first, since controllers wait a minute before they collect it."""
     nodes.images[PYTHON] = Image(entrypoint=(sys.executable,))
     cluster.run(nodes.add(NODE, gpus=2))
@@ -133,6 +133,8 @@ def lost_pod(cluster: Cluster, nodes: NodeStandIn) -> None:
     assert pid
     cluster.run(nodes.remove(LOST))
     assert ended(pid, limit=10)
+    yield
+    cluster.run(nodes.remove(NODE))
 
 
 @pytest.fixture

@@ -339,8 +339,10 @@ def test_a_refusal_is_said_in_the_status_and_events_and_goes_from_them_when_it_i
     ):
         operator = start()
         model = {"hub": {"name": "SmolLM2-135M-Instruct"}}
-        cluster.create(manifest("large", namespace, device="cuda", tensorParallel=2, model=model))
-        front = {"replicas": 1, "template": {"spec": {"hostPID": True}}}
+        nowhere = {"spec": {"nodeSelector": {"no-such": "label"}}}  # other tests' nodes have GPUs, too
+        asked = {"device": "cuda", "tensorParallel": 2, "model": model, "template": nowhere}
+        cluster.create(manifest("large", namespace, **asked))
+        front = {"replicas": 1, "template": {"spec": {**nowhere["spec"], "hostPID": True}}}
         cluster.create(manifest("front", namespace, gateway=front, model=model))
         large, gateway = Service(cluster, "large", namespace), Service(cluster, "front", namespace)
 
