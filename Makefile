@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 # Test processes. May be more than there are cores, because tests wait most of the time.
-WORKERS ?= 3
+WORKERS ?= 4
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed

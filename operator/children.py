@@ -31,6 +31,7 @@ __all__ = [
 GATEWAY = "gateway"  # the container, and the component
 GATEWAY_PORT = 8080
 TOKEN_KEY = "token"
+WANTED = "serving.blockyard.dev/wanted"  # annotation: digest of what a companion was made of
 # Seconds that a pod gets to exit after its drain, before it is killed.
 EXIT_SECONDS = 30
 # Seconds in which a gateway still takes new requests after SIGTERM, until load balancers have removed it.
@@ -258,7 +259,7 @@ def companions(service: Service, defaults: Defaults) -> list[dict[str, Any]]:
     wanted.append(_client_service(service))
     if spec.monitoring.service_monitor:
         wanted.append(_service_monitor(service))
-    return wanted
+    return [_stamped(each) for each in wanted]
 
 
 def retired(service: Service, defaults: Defaults) -> list[tuple[str, str, str]]:
@@ -445,6 +446,15 @@ def _service_monitor(service: Service) -> dict[str, Any]:
 def _spec(service: Service) -> LLMServiceSpec:
     assert service.spec is not None, f"{service.name} has no spec that can be read: {service.problem}"
     return service.spec
+
+
+def _stamped(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With a digest of the whole, by which an object that was made of another spec is told from this one.
+
+    A comparison field by field would not notice a field that is not wanted any more.
+    """
+    stamp = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    return manifest | {"metadata": manifest["metadata"] | {"annotations": {WANTED: stamp}}}
 
 
 def _identity(manifest: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -28,6 +28,7 @@ from .kube import (
     FIELD_MANAGER,
     NETWORK_POLICY,
     SERVICE,
+    SERVICE_ACCOUNT,
     Forbidden,
     Gone,
     Kind,
@@ -46,6 +47,7 @@ log = logging.getLogger("blockyard.operator.companions")
 
 Name = tuple[str, str, str]  # apiVersion, kind, name
 
+ACCOUNT = "serving.blockyard.dev/account-uid"  # annotation of pods: of their ServiceAccount
 MEND_PAUSE = 2.0  # seconds between two repairs of one object: another controller may want it otherwise
 WATCH_PAUSE, LONGEST_WATCH_PAUSE = 1.0, 60.0  # seconds before a watch that failed is begun anew; doubling
 ABSENT_PAUSE = 300.0  # the same for a kind that the cluster does not have
@@ -115,8 +117,11 @@ class Companions:
         taken: list[str] = []
         mended: list[str] = []
         again: float | None = None
-        for body in wanted:
-            name, digest = name_of(body), _digest(body)
+        bodies = {name_of(body): body for body in wanted}
+        for name in bodies:
+            if (body := _bound(name, bodies, standing)) is None:
+                continue  # its account comes back first
+            digest = _digest(body)
             known = standing.get(name)
             if known is not None and known.digest == digest:
                 continue
@@ -236,7 +241,7 @@ class Companions:
         service, bodies = wanted_of(key)
         if service is None or not owned_by(raw, service):
             return None
-        body = bodies.get(name_of(raw))
+        body = _bound(name_of(raw), bodies, self._standing.get(key, {}))
         return _Standing.of(raw, _digest(body) if body is not None and covers(raw, body) else "")
 
     async def watch(self, kind: Kind, namespace: str | None) -> None:
@@ -314,6 +319,27 @@ def taken_words(found: Raw, service: Service) -> str:
         f"{found['kind']} {metadata['name']} {whose}, and {service.name} needs that name: "
         "delete it, or give the LLMService another name"
     )
+
+
+def _bound(name: Name, bodies: Mapping[Name, Raw], standing: Mapping[Name, _Standing]) -> Raw | None:
+    """What is wanted of an object. A Deployment gets the uid of its pods' ServiceAccount, if that is ours.
+
+    Pods have a token of the account with which they began. If that is deleted, the API server refuses them
+    for as long as they run, although an account of its name is there again; another uid replaces them. None
+    if the object is not wanted, or not before there is an account.
+    """
+    body = bodies.get(name)
+    if body is None or kind_of(body) is not DEPLOYMENT:
+        return body
+    template = body["spec"]["template"]
+    account = SERVICE_ACCOUNT.api, SERVICE_ACCOUNT.name, template["spec"].get("serviceAccountName", "")
+    if account not in bodies:
+        return body
+    if account not in standing:
+        return None
+    annotations = template["metadata"].get("annotations", {}) | {ACCOUNT: standing[account].uid}
+    template = template | {"metadata": template["metadata"] | {"annotations": annotations}}
+    return body | {"spec": body["spec"] | {"template": template}}
 
 
 def _mark(metadata: Raw) -> str:

@@ -14,6 +14,11 @@ import pytest
 import torch
 
 CLUSTER = Path(__file__).parent / "cluster"
+# Which files of the cluster share a control plane, if there are several test processes; the rest share one.
+CONTROL_PLANES = {
+    "test_helm.py": "helm",  # installs what is there once in a cluster
+    **dict.fromkeys(("test_meddling.py", "test_operator.py", "test_under_load.py"), "agents"),
+}
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,15 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n`` a process takes whole files, and one all of the cluster's, which share a control plane.
-
-    Helm's tests have one of their own.
-    """
+    """With ``-n`` a process takes whole files, or all files of the cluster that share a control plane."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = config.rootpath / nodeid.partition("::")[0]
-            return "cluster" if file.parent == CLUSTER and file.name != "test_helm.py" else str(file)
+            return CONTROL_PLANES.get(file.name, "cluster") if file.parent == CLUSTER else str(file)
 
     return Files(config, log)

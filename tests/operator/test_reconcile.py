@@ -24,9 +24,9 @@ from blockyard.operator import reconcile as reconcile_module
 from blockyard.operator import replicas as replicas_module
 from blockyard.operator import status as status_module
 from blockyard.operator import workqueue as workqueue_module
-from blockyard.operator.children import Defaults
+from blockyard.operator.children import WANTED, Defaults
 from blockyard.operator.cluster import Cluster
-from blockyard.operator.companions import covers
+from blockyard.operator.companions import ACCOUNT, covers
 from blockyard.operator.events import Recorder
 from blockyard.operator.fleet import Fleet
 from blockyard.operator.kube import (
@@ -39,6 +39,7 @@ from blockyard.operator.kube import (
     POD,
     SECRET,
     SERVICE,
+    SERVICE_ACCOUNT,
     SERVICE_MONITOR,
     Kube,
 )
@@ -752,6 +753,53 @@ def test_a_deleted_gateway_comes_back_at_once_and_an_unwanted_one_goes() -> None
             await life.quiet()
             await server.change(LLM_SERVICE, "s", {"spec": {"gateway": {"replicas": 0}}})
             await server.until(lambda: not server.all(DEPLOYMENT))
+
+    run(scenario())
+
+
+def test_a_field_that_the_spec_has_no_more_is_taken_from_its_companion() -> None:
+    """Also by an operator that was not there when the spec changed."""
+    template = {"metadata": {"labels": {"team": "a"}}}
+
+    async def scenario() -> None:
+        async with world() as (server, _agents, _kubelet):
+            async with Life(server) as life:
+                await server.put(LLM_SERVICE, service(gateway={"replicas": 1, "template": template}))
+                await server.until(lambda: server.all(DEPLOYMENT))
+                await life.quiet()
+            before = server.get(DEPLOYMENT, "s-gateway")["metadata"]["annotations"][WANTED]
+            await server.change(LLM_SERVICE, "s", {"spec": {"gateway": {"template": None}}})
+            async with Life(server) as life:
+                await life.quiet()
+                assert server.get(DEPLOYMENT, "s-gateway")["metadata"]["annotations"][WANTED] != before
+
+    run(scenario())
+
+
+def test_gateways_whose_service_account_is_another_one_are_replaced() -> None:
+    """The tokens of the first one are refused for as long as their pods run."""
+
+    def bound(server: ApiServer) -> bool:
+        account = server.get(SERVICE_ACCOUNT, "s-gateway")["metadata"]["uid"]
+        template = server.get(DEPLOYMENT, "s-gateway")["spec"]["template"]
+        return bool(template["metadata"]["annotations"][ACCOUNT] == account)
+
+    async def scenario() -> None:
+        async with world() as (server, _agents, _kubelet):
+            async with Life(server) as life:
+                await server.put(LLM_SERVICE, service(replicas=0, gateway={"replicas": 1}))
+                await server.until(lambda: server.all(DEPLOYMENT))
+                await life.quiet()
+                assert bound(server)
+                first = server.get(SERVICE_ACCOUNT, "s-gateway")["metadata"]["uid"]
+                await server.remove(SERVICE_ACCOUNT, "s-gateway")
+                await server.until(lambda: server.all(SERVICE_ACCOUNT) and bound(server))
+                await life.quiet()
+                assert server.get(SERVICE_ACCOUNT, "s-gateway")["metadata"]["uid"] != first
+            version = server.get(DEPLOYMENT, "s-gateway")["metadata"]["resourceVersion"]
+            async with Life(server) as life:
+                await life.quiet()
+                assert server.get(DEPLOYMENT, "s-gateway")["metadata"]["resourceVersion"] == version
 
     run(scenario())
 
