@@ -129,11 +129,14 @@ def operators(cluster: Cluster, namespace: str, account: Path, folder: Path) -> 
         started.append(OperatorProcess(account, namespace, folder, wait=wait, **settings))
         return started[-1]
 
-    yield start
-    for service in cluster.items("LLMService", namespace):
-        cluster.patch("LLMService", service["metadata"]["name"], namespace, {"metadata": {"finalizers": []}})
-        cluster.delete("LLMService", service["metadata"]["name"], namespace)
-    codes = [operator.stop() for operator in started]
+    try:
+        yield start
+        for service in cluster.items("LLMService", namespace):
+            name = service["metadata"]["name"]
+            cluster.patch("LLMService", name, namespace, {"metadata": {"finalizers": []}})
+            cluster.delete("LLMService", name, namespace)
+    finally:  # also after a test that failed
+        codes = [operator.stop() for operator in started]
     tracebacks = [operator.text() for operator in started if "Traceback" in operator.text()]
     assert not tracebacks, tracebacks[0]
     assert set(codes) <= {0, -signal.SIGKILL}, codes
