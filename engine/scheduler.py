@@ -46,7 +46,6 @@ from .outputs import FinishReason
 from .sequence import Place, Request, Sequence
 from .step import StepInput
 
-
 # Tokens that sequences have left; the sequences of one ask are served together or not at all.
 Ask = list[tuple[Sequence, int]]
 
@@ -282,18 +281,18 @@ class Scheduler:
             budget = self._give(plan, ask, budget)
         admits = True
         while budget > 0:
-            ask = min(prefills, key=self._rank, default=None)
+            next_ask = min(prefills, key=self._rank) if prefills else None
             head = self.queue.peek() if admits else None
-            if head is not None and (ask is None or self.queue.rank(head) < self._rank(ask)):
+            if head is not None and (next_ask is None or self.queue.rank(head) < self._rank(next_ask)):
                 need = self._demand(head)
                 admits = self._fits(head, need, room)
                 if admits:
                     room -= need
                     self._start(plan, head)
                     prefills += self._asks(head)
-            elif ask is not None:
-                prefills.remove(ask)
-                budget = self._give(plan, ask, budget)
+            elif next_ask is not None:
+                prefills.remove(next_ask)
+                budget = self._give(plan, next_ask, budget)
             else:
                 return
 

@@ -11,7 +11,13 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from blockyard.engine.engine import Engine
 from blockyard.engine.sampling_params import SamplingParams
@@ -221,7 +227,8 @@ class FairnessMachine(RuleBasedStateMachine):
 
 def test_nobody_waits_longer_than_promised(oracle_engine: MakeEngine) -> None:
     machine = type("Machine", (FairnessMachine,), {"make": staticmethod(oracle_engine)})
-    run_state_machine_as_test(machine, settings=settings(max_examples=30, stateful_step_count=40, deadline=None))
+    options = settings(max_examples=30, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(machine, settings=options)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
