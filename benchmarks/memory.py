@@ -165,7 +165,7 @@ def replay(name: str, count: int, block_tokens: int, pool_tokens: int) -> dict[s
     begin = time.perf_counter()
     steps = 0
     while True:
-        while len(engine.scheduler.waiting) < 32 and (item := next(waiting, None)) is not None:
+        while len(engine.scheduler.queue) < 32 and (item := next(waiting, None)) is not None:
             number, row = item
             params = SamplingParams(temperature=0, max_tokens=max(1, row.output), ignore_eos=True)
             engine.add_request(str(number), prompt_ids(number, row), params)

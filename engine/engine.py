@@ -105,7 +105,7 @@ class Engine:
         self._eos = frozenset(self.info.eos_token_ids)
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
-        self._outputs: list[SequenceOutput] = []  # of the current step
+        self._outputs: list[SequenceOutput] = []  # not yet returned by a step
         self._steps = 0
         self._prompt_tokens = 0
         self._cached_prompt_tokens = 0
@@ -185,22 +185,30 @@ class Engine:
     # ── One step ──────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> list[SequenceOutput]:
-        """Compute one step and return its new tokens, those of sequences that finished included."""
+        """Compute one step and return its new tokens, those of sequences that finished included.
+
+        If it raises, every request goes on, in the next step, from the tokens that it has.
+        """
         plan = self.scheduler.schedule()
         if plan.empty:
             return []
         begin = time.perf_counter()
-        logits = self.runner.execute(plan.to_step_input())
-        self._outputs = []
-        sampled = [chunk for chunk in plan.chunks if chunk.samples]
-        if sampled:
-            assert logits is not None
-            self._sample(sampled, logits)
+        try:
+            logits = self.runner.execute(plan.to_step_input())
+            self.scheduler.commit()
+            sampled = [chunk for chunk in plan.chunks if chunk.samples]
+            if sampled:
+                assert logits is not None
+                self._sample(sampled, logits)
+        except BaseException:
+            self.scheduler.revoke()
+            raise
         self._last_step = time.perf_counter() - begin
         decay = STEP_TIME_DECAY if self._steps else 0.0
         self._mean_step = decay * self._mean_step + (1 - decay) * self._last_step
         self._steps += 1
-        return self._outputs
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def _sample(self, chunks: list[Chunk], logits: Tensor) -> None:
         beams: dict[Request, list[int]] = {}
@@ -372,8 +380,8 @@ class Engine:
         host = scheduler.host_pool
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(scheduler.preempted),
-            swapped=sum(bool(r.live[0].host_blocks) for r in scheduler.preempted),
+            waiting=len(scheduler.queue),
+            swapped=sum(bool(r.live[0].host_blocks) for r in scheduler.queue),
             device=scheduler.pool.usage(info.block_bytes),
             host=TierUsage() if host is None else host.usage(info.block_bytes),
             steps=self._steps,

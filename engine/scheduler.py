@@ -1,19 +1,28 @@
 """The scheduler: which tokens of which sequences the next step computes, and which requests are preempted.
 
 There is no prefill phase and no decode phase (as in vLLM): each sequence has some tokens left to compute,
-and all sequences share one budget of tokens per step. ``schedule`` plans a step in three parts:
+and all sequences share one budget of tokens per step. Decodes come first. What they leave of the budget goes
+to the requests that wait, prompts in progress and requests in the queue alike, in the order of the FairQueue:
+lower priority numbers first, then tenants in turn, then the oldest request.
 
-1. *Serve* the running requests: decodes first, then prefill chunks, while the pool has blocks for their
-   growth. Blocks are only counted here. If there are not enough, the request that is last in service order
-   is preempted with all its sequences: by recompute (drop the KV) or by swap (move it to the host tier).
-2. *Grow*: take the blocks that were counted, and copy shared blocks before a write (copy-on-write).
-3. *Admit* preempted requests, then waiting ones, unless a request was preempted in this step. The pool must
-   have blocks for all known tokens of the new request, for the tokens that running prefills have left, and
-   for a watermark. Otherwise the admission itself would cause the next preemption.
+- A request is *admitted* from the queue when the pool has blocks for all its known tokens, for the tokens
+  that running requests have left, and for a watermark. Otherwise the admission itself would cause the next
+  preemption. The first in the queue is never overtaken by a smaller one.
+- A running request is *preempted*, with all its sequences, when the pool has too few blocks for the growth of
+  those before it in service order: by recompute (drop the KV) or by swap (move it to the host tier). A step
+  that preempts admits nothing.
+- A prompt in progress is *displaced* for the first in the queue, which would not fit otherwise, by one of a
+  higher priority, or by another tenant over which its own has a lead of twice what it would lose. So a prompt
+  that is displaced again and again still makes progress, and is computed at most twice in sum.
 
-Blocks are published to the prefix index as soon as the step that fills them is planned. A request admitted
-in the same step may already use them, because a step writes each layer's KV before any of its queries reads
-that layer.
+What this means for one that waits, if there are blocks: with n tenants that wait, a prompt that fits into a
+step gets its first token after about n steps, one of the highest priority in the next step, however long the
+prompts in progress are. Those get an equal share of the budget, and lose no more than that.
+
+A block that is full at the end of a step is published to the prefix index when the step has succeeded
+(``commit``). Requests of the same step may share it before, because a step writes each layer's KV before any
+of its queries reads that layer. After a step that failed (``revoke``) no request keeps what it had on the
+device; what earlier steps had published is found again.
 
 Every exit of a sequence (finish, abort, preempt) releases its resources through ``_vacate`` alone: several
 release paths are where other engines got leaks.
@@ -24,6 +33,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from math import ceil
 
 import numpy as np
@@ -35,6 +45,9 @@ from .kv.block_pool import BlockPool
 from .outputs import FinishReason
 from .sequence import Place, Request, Sequence
 from .step import StepInput
+
+# Tokens that sequences have left; the sequences of one ask are served together or not at all.
+Ask = list[tuple[Sequence, int]]
 
 
 @dataclass(slots=True)
@@ -106,12 +119,14 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.host_pool = host_pool
-        self.waiting: FairQueue[Request] = FairQueue()
-        self.preempted: list[Request] = []  # in service order; may hold HOST or WAITING sequences
+        self.queue: FairQueue[Request] = FairQueue()  # new and preempted requests: WAITING or HOST
         self.running: list[Request] = []  # in service order
+        # As many as a step can decode: whoever is admitted then always gets some of the budget.
+        self._max_rows = min(limits.max_rows, limits.max_batch_tokens)
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._reserved_rows = 0  # sum of the widths of all running requests
         self._watermark = ceil(len(pool) * limits.watermark)
+        self._unpublished: dict[bytes, tuple[int, int]] = {}  # key -> block and depth, filled by this step
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.preemptions: Counter[str] = Counter()
@@ -122,8 +137,7 @@ class Scheduler:
         """Queue a request; RequestError if it could not be served even if it were alone."""
         self._refuse_impossible(request)
         request.live.append(first)
-        self.waiting.arrive(request.tenant)
-        self.waiting.push(request)
+        self.queue.push(request)
 
     def _refuse_impossible(self, request: Request) -> None:
         limits, params = self.limits, request.params
@@ -135,10 +149,10 @@ class Scheduler:
                 f"this model serves at most {limits.max_model_len}. Shorten the prompt or lower max_tokens",
                 field="max_tokens" if prompt < limits.max_model_len else "prompt",
             )
-        if request.width > min(limits.max_rows, limits.max_batch_tokens):
+        if request.width > self._max_rows:
             raise RequestError(
                 f"{request.width} sequences are wanted at once; this server decodes at most "
-                f"{min(limits.max_rows, limits.max_batch_tokens)}. Lower n or best_of",
+                f"{self._max_rows}. Lower n or best_of",
                 field="best_of",
             )
         # The last sampled token's KV is never written.
@@ -173,11 +187,9 @@ class Scheduler:
         if request in self.running:
             self.running.remove(request)
             self._reserved_rows -= request.width
-        elif request in self.preempted:
-            self.preempted.remove(request)
         else:
-            self.waiting.remove(request)
-        self.waiting.leave(request.tenant)
+            self.queue.remove(request)
+        self.queue.settle(request)
 
     def fork(self, parent: Sequence, twin: Sequence) -> None:
         """Start a twin of a running sequence. It shares all blocks, including the half-filled last one."""
@@ -204,29 +216,39 @@ class Scheduler:
     # ── Planning a step ───────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> Schedule:
-        """Plan the next step. An empty schedule means that there is nothing to compute."""
+        """Plan the next step; ``commit`` or ``revoke`` follows. An empty one means: nothing to compute."""
         plan = Schedule()
-        wanted, budget = self._serve(plan)
-        for sequence, (count, _) in wanted.items():
-            self._grow(plan, sequence, count)
-        if not plan.preempted:
-            self._admit(plan, budget)
+        room = self._displace(self._room()) if len(self.queue) else -1
+        if room < 0:
+            self._serve(plan)
+        else:
+            self._serve_and_admit(plan, room)
         plan.chunks.sort(key=lambda chunk: chunk.count > 1)
         return plan
 
-    def _serve(self, plan: Schedule) -> tuple[dict[Sequence, tuple[int, int]], int]:
-        """Choose how many tokens each running sequence gets, preempting until their growth fits.
+    def commit(self) -> None:
+        """The planned step has succeeded: publish the blocks that it filled."""
+        for key, (block, depth) in self._unpublished.items():
+            self.pool.publish(block, key, depth)
+        self._unpublished.clear()
 
-        Returns (tokens, new blocks) of each sequence, in the order in which they must grow, and the budget
-        that is left.
-        """
-        wanted: dict[Sequence, tuple[int, int]] = {}
+    def revoke(self) -> None:
+        """The planned step has failed: what it should have written, on any tier, is computed again."""
+        self._unpublished.clear()
+        for request in list(self.running):
+            self._to_queue(request)
+        for request in self.queue:
+            for sequence in request.live:
+                self._vacate(sequence, Place.WAITING)
+
+    def _serve(self, plan: Schedule) -> None:
+        """Give the running requests tokens, preempting the last ones until the growth of the others fits."""
+        wanted: dict[Sequence, tuple[int, int]] = {}  # -> tokens, new blocks; in the order of growth
         copies: Counter[int] = Counter()  # how many sequences will have copied a shared block in this step
         budget = self.limits.max_batch_tokens
         claimed = 0  # blocks that the chosen sequences will take
-        asks = [ask for request in self.running for ask in self._asks(request)]
-        asks.sort(key=lambda ask: sum(count for _, count in ask) > len(ask))  # decodes before prefills
-        for ask in asks:
+        decodes, prefills = self._asks_of_running()
+        for ask in decodes + prefills:
             if len(ask) > budget or ask[0][0].place is not Place.DEVICE:  # preempted earlier in this loop
                 continue
             chosen = [(sequence, min(count, budget)) for sequence, count in ask]
@@ -245,12 +267,57 @@ class Scheduler:
                 for (sequence, count), blocks in zip(chosen, growth, strict=True):
                     wanted[sequence] = count, blocks
                     budget -= count
-        return wanted, budget
+        for sequence, (count, _) in wanted.items():
+            self._grow(plan, sequence, count)
 
-    def _asks(self, request: Request) -> list[list[tuple[Sequence, int]]]:
-        """What a running request asks of this step: lists of sequences that are served together or not at
-        all.
+    def _serve_and_admit(self, plan: Schedule, room: int) -> None:
+        """Give the running requests tokens, whose growth fits, and admit queued ones in their turn.
+
+        ``room`` is how many blocks the pool has beyond what the running requests have left to take.
         """
+        budget = self.limits.max_batch_tokens
+        decodes, prefills = self._asks_of_running()
+        for ask in decodes:
+            budget = self._give(plan, ask, budget)
+        admits = True
+        while budget > 0:
+            next_ask = min(prefills, key=self._rank) if prefills else None
+            head = self.queue.peek() if admits else None
+            if head is not None and (next_ask is None or self.queue.rank(head) < self._rank(next_ask)):
+                need = self._demand(head)
+                admits = self._fits(head, need, room)
+                if admits:
+                    room -= need
+                    self._start(plan, head)
+                    prefills += self._asks(head)
+            elif next_ask is not None:
+                prefills.remove(next_ask)
+                budget = self._give(plan, next_ask, budget)
+            else:
+                return
+
+    def _give(self, plan: Schedule, ask: Ask, budget: int) -> int:
+        """Grow the sequences of an ask within the budget. Returns what is left of it."""
+        if len(ask) > budget:
+            return budget
+        for sequence, wanted in ask:
+            count = min(wanted, budget)
+            self._grow(plan, sequence, count)
+            budget -= count
+        return budget
+
+    def _rank(self, ask: Ask) -> tuple[int, int, int]:
+        return self.queue.rank(ask[0][0].request)
+
+    def _asks_of_running(self) -> tuple[list[Ask], list[Ask]]:
+        """The asks of decodes, in service order, and of sequences that are behind, in fair order."""
+        asks = [ask for request in self.running for ask in self._asks(request)]
+        decodes = [ask for ask in asks if all(count == 1 for _, count in ask)]
+        prefills = [ask for ask in asks if any(count > 1 for _, count in ask)]
+        return decodes, sorted(prefills, key=self._rank)
+
+    def _asks(self, request: Request) -> list[Ask]:
+        """What a running request asks of this step."""
         ready = [sequence for sequence in request.live if self._adopt(sequence)]
         if request.beam is None or len(request.live) == 1:
             return [[(sequence, sequence.remaining)] for sequence in ready]
@@ -325,33 +392,75 @@ class Scheduler:
         samples = end == len(sequence.token_ids)
         plan.chunks.append(Chunk(sequence, sequence.num_computed, count, samples))
         sequence.num_computed = end
-        self._publish(sequence)
-        self.waiting.charge(sequence.request.tenant, OUTPUT_WEIGHT if samples and count == 1 else count)
+        self._note_full(sequence)
+        request = sequence.request
+        self.queue.charge(request.tenant, OUTPUT_WEIGHT if samples and count == 1 else count)
+        if samples and all(twin.remaining == 0 for twin in request.live):
+            self.queue.settle(request)
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Publish the blocks that are full by the end of this step in the prefix index."""
+    def _note_full(self, sequence: Sequence) -> None:
+        """Note the blocks that are full by the end of this step, to be published if it succeeds."""
         if not self.limits.prefix_cache:
             return
         full = sequence.num_computed // self.limits.block_tokens
         if full > sequence.num_published:
             keys = sequence.extend_keys(full, self.limits.block_tokens)
             for index in range(sequence.num_published, full):
-                self.pool.publish(sequence.blocks[index], keys[index], index + 1)
+                self._unpublished.setdefault(keys[index], (sequence.blocks[index], index + 1))
             sequence.num_published = full
 
     # ── Preemption ────────────────────────────────────────────────────────────────────────────────
 
     def _preempt(self, plan: Schedule, request: Request) -> None:
-        """Take a running request off the device. It is admitted again before waiting ones of its priority."""
-        self.running.remove(request)
-        self._reserved_rows -= request.width
+        """Take a running request off the device, with its KV if it can be swapped."""
         plan.preempted += 1
         by_swap = self.limits.preemption == "swap" and self._swap_out(plan, request)
         self.preemptions["swap" if by_swap else "recompute"] += 1
-        if not by_swap:
-            for sequence in request.live:
+        self._to_queue(request)
+
+    def _to_queue(self, request: Request) -> None:
+        """Put a running request back into the queue, without the KV that is still on the device."""
+        for sequence in request.live:
+            if sequence.place is Place.DEVICE:
                 self._vacate(sequence, Place.WAITING)
-        insort(self.preempted, request, key=order)
+        self.running.remove(request)
+        self._reserved_rows -= request.width
+        self.queue.push(request)
+
+    def _displace(self, room: int) -> int:
+        """Take prompts in progress off the device if that makes room for the first in the queue.
+
+        Takes and returns the room that there is, see ``_room``.
+        """
+        head = self.queue.peek()
+        assert head is not None
+        need, rows, gain = self._demand(head), 0, 0
+        prompts = [r for r in self.running if not r.live[0].output_ids and self._yields(r, head)]
+        prompts.sort(key=self.queue.rank)
+        displaced: list[Request] = []
+        wanted = set(self._cached_prefix(head.live[0], self._reusable(head.live[0])))
+        while prompts and not self._fits(head, need, room + gain, rows):
+            victim = prompts.pop()
+            displaced.append(victim)
+            own = [b for b in victim.live[0].blocks if self.pool.references(b) == 1 and b not in wanted]
+            rows += victim.width
+            gain += len(own) + self._promised(victim, Counter())
+        if not displaced or not self._fits(head, need, room + gain, rows):
+            return room
+        for victim in displaced:
+            self.preemptions["recompute"] += 1
+            self._to_queue(victim)
+        return self._room()
+
+    def _yields(self, request: Request, head: Request) -> bool:
+        """Whether a prompt in progress must go if the first in the queue needs its blocks."""
+        if request.priority != head.priority or request.tenant == head.tenant:
+            return request.priority > head.priority
+        lost = request.live[0].num_computed
+        if self.limits.prefix_cache:  # only the blocks that the other one takes are lost
+            grown = self._blocks_for(len(head.prompt_ids) + head.params.max_tokens) * head.width
+            lost = min(lost, grown * self.limits.block_tokens)
+        return self.queue.lead(request, head) > 2 * lost
 
     def _swap_out(self, plan: Schedule, request: Request) -> bool:
         """Move the request's KV to host blocks, copying a shared block once. False if the host is full."""
@@ -395,7 +504,7 @@ class Scheduler:
             sequence.host_blocks = []
             sequence.place = Place.DEVICE
             sequence.num_published = len(known)
-            self._publish(sequence)
+            self._note_full(sequence)
 
     def _reusable(self, sequence: Sequence) -> int:
         """How many of a sequence's first blocks need not be computed or copied if they are cached.
@@ -410,28 +519,28 @@ class Scheduler:
         """Device blocks with the same content as the sequence's first blocks, at most ``num_blocks``."""
         if not self.limits.prefix_cache or num_blocks <= 0:
             return []
-        return self.pool.find(sequence.extend_keys(num_blocks, self.limits.block_tokens))
+        keys = sequence.extend_keys(num_blocks, self.limits.block_tokens)
+        known = self.pool.find(keys)
+        for key in islice(keys, len(known), None):
+            if key not in self._unpublished:
+                break
+            known.append(self._unpublished[key][0])
+        return known
 
     # ── Admission ─────────────────────────────────────────────────────────────────────────────────
 
-    def _admit(self, plan: Schedule, budget: int) -> None:
-        promised = sum(self._promised(request) for request in self.running)
-        while budget > 0:
-            request = self._next()
-            if request is None or self._reserved_rows + request.width > self.limits.max_rows:
-                return
-            need = self._demand(request)
-            spare = self._watermark if self.running else 0
-            if need + promised + spare > self.pool.available:
-                return
-            budget = self._start(plan, request, budget)
-            promised += self._promised(request)
+    def _room(self) -> int:
+        """Blocks that the pool has beyond what running requests take until their known tokens are computed.
 
-    def _next(self) -> Request | None:
-        fresh = self.waiting.peek()
-        if self.preempted and (fresh is None or self.preempted[0].priority <= fresh.priority):
-            return self.preempted[0]
-        return fresh
+        Copy-on-write included; negative if it has too few.
+        """
+        copies: Counter[int] = Counter()
+        return self.pool.available - sum(self._promised(request, copies) for request in self.running)
+
+    def _fits(self, request: Request, need: int, room: int, rows: int = 0) -> bool:
+        """Whether a request that takes ``need`` blocks can be admitted, with ``rows`` more rows free."""
+        spare = self._watermark if self.running else 0
+        return self._reserved_rows - rows + request.width <= self._max_rows and need + spare <= room
 
     def _demand(self, request: Request) -> int:
         """Blocks that a request, once admitted, takes from ``available`` until its tokens are computed."""
@@ -446,20 +555,22 @@ class Scheduler:
                 total += blocks - len(known) + self.pool.count_idle(known)
         return total
 
-    def _promised(self, request: Request) -> int:
-        """Blocks that a running request will still take until all its known tokens are computed."""
+    def _promised(self, request: Request, copies: Counter[int]) -> int:
+        """Blocks that a running request will still take until all its known tokens are computed.
+
+        ``copies`` is as in ``_growth``.
+        """
         shared = len(request.prompt_ids) // self.limits.block_tokens
         return sum(
-            self._blocks_for(len(s.token_ids)) - (len(s.blocks) or (shared if i else 0))
+            self._growth(s, s.remaining, copies)
+            if s.blocks or not i  # the others will share the leader's blocks of the prompt
+            else self._blocks_for(len(s.token_ids)) - shared
             for i, s in enumerate(request.live)
         )
 
-    def _start(self, plan: Schedule, request: Request, budget: int) -> int:
-        """Put a request on the device and plan its first chunk. Returns the budget that is left."""
-        if self.preempted and request is self.preempted[0]:
-            self.preempted.pop(0)
-        else:
-            self.waiting.remove(request)
+    def _start(self, plan: Schedule, request: Request) -> None:
+        """Put a queued request on the device."""
+        self.queue.remove(request)
         insort(self.running, request, key=order)
         self._reserved_rows += request.width
         for sequence in request.live:
@@ -470,14 +581,6 @@ class Scheduler:
             for sequence in request.live:
                 sequence.place = Place.DEVICE
             self._reuse_prefix(request.live[0])
-        for ask in self._asks(request):
-            if len(ask) > budget:
-                break
-            for sequence, wanted in ask:
-                count = min(wanted, budget)
-                self._grow(plan, sequence, count)
-                budget -= count
-        return budget
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Let the sequence start after its longest cached prefix."""
@@ -497,10 +600,10 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.preempted or len(self.waiting))
+        return bool(self.running or len(self.queue))
 
     def requests(self) -> list[Request]:
-        return [*self.running, *self.preempted, *self.waiting]
+        return [*self.running, *self.queue]
 
     def check(self) -> None:
         """Check that every block, row and request is where it should be; AssertionError if not."""
@@ -511,7 +614,7 @@ class Scheduler:
         requests = self.requests()
         assert len({id(r) for r in requests}) == len(requests), "a request is in two places"
         assert self.running == sorted(self.running, key=order), "running requests are out of order"
-        assert self.preempted == sorted(self.preempted, key=order), "preempted requests are out of order"
+        assert not self._unpublished, "a step was neither committed nor revoked"
         assert self._reserved_rows == sum(r.width for r in self.running), "reserved rows are miscounted"
         for request in requests:
             assert request.live, f"request {request.id} has no live sequence but has not left"
@@ -539,4 +642,4 @@ class Scheduler:
         self.pool.check(owners)
         if self.host_pool is not None:
             self.host_pool.check(host_owners)
-        self.waiting.check()
+        self.queue.check(self.running)

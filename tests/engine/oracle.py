@@ -49,8 +49,15 @@ def greedy_reference(prompt: list[int], max_tokens: int, *, ignore_eos: bool = F
     return tokens[len(prompt) :]
 
 
+class StepFailed(Exception):
+    """A step that ended in the middle."""
+
+
 class OracleRunner:
-    """A StepRunner whose memory is checked at every read."""
+    """A StepRunner whose memory is checked at every read.
+
+    With a ``fuse`` the next step raises StepFailed after that many writes.
+    """
 
     layout_digest = "oracle"
     dtype = torch.float32
@@ -78,6 +85,15 @@ class OracleRunner:
         self._host: list[list[tuple[bytes, bytes]]] = [self._empty() for _ in range(host_blocks)]
         self._tables: list[dict[int, int]] = [{} for _ in range(max_num_seqs)]
         self.computed_tokens = 0
+        self.fuse: int | None = None
+
+    def _write(self) -> None:
+        """Called before everything that changes memory, and at the end of a step."""
+        if self.fuse is not None:
+            self.fuse -= 1
+            if self.fuse < 0:
+                self.fuse = None
+                raise StepFailed
 
     def _empty(self) -> list[tuple[bytes, bytes]]:
         return [(b"?", b"?")] * self.block_tokens
@@ -88,14 +104,18 @@ class OracleRunner:
         assert len(set(step.rows.tolist())) == len(step.rows), "a row is computed twice"
         assert (step.counts[: step.num_decodes] == 1).all() and (step.counts[step.num_decodes :] > 1).all()
         for source, target in step.swap_out.tolist():
+            self._write()
             self._host[target] = list(self._device[source])
         for source, target in step.swap_in.tolist():
+            self._write()
             self._device[target] = list(self._host[source])
         assert not {*step.block_copies[:, 0].tolist()} & {*step.block_copies[:, 1].tolist()}
         for source, target in step.block_copies.tolist():
+            self._write()
             self._device[target] = list(self._device[source])
         assert len({(row, index) for row, index, _ in step.table_updates.tolist()}) == len(step.table_updates)
         for row, index, block in step.table_updates.tolist():
+            self._write()
             self._tables[row][index] = block
         return self._forward(step)
 
@@ -129,6 +149,8 @@ class OracleRunner:
                 for k in range(len(ids)):
                     del unwritten[self._slot(row, start + k)]
         self.computed_tokens += len(step.token_ids)
+        self._write()
+        self.fuse = None
         if not len(step.sampled):
             return None
         return torch.stack([oracle_logits(states[i]) for i in step.sampled.tolist()])
@@ -143,6 +165,7 @@ class OracleRunner:
         for position, token in enumerate(ids, start):
             block, offset = self._slot(row, position)
             after = link(state, token)
+            self._write()
             self._device[block][offset] = (state, after)
             state = after
         return state

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,10 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from blockyard.engine.engine import Engine
 from blockyard.engine.errors import RequestError
 from blockyard.engine.outputs import SequenceOutput
+from blockyard.engine.sampler import SampledToken
 from blockyard.engine.sampling_params import SamplingParams
 from blockyard.engine.sequence import Place, Request, Sequence
 
-from .oracle import EOS, VOCAB, MakeEngine, OracleRunner, greedy_reference
+from .oracle import EOS, VOCAB, MakeEngine, OracleRunner, StepFailed, greedy_reference
 
 Tokens = dict[tuple[str, int], list[int]]
 
@@ -328,6 +331,14 @@ class EngineMachine(RuleBasedStateMachine):
             collect(self.engine.step(), self.tokens)
             self.engine.check()
 
+    @precondition(lambda self: self.engine.has_work)
+    @rule(writes=st.integers(0, 40))
+    def fail(self, writes: int) -> None:
+        assert isinstance(self.engine.runner, OracleRunner)
+        self.engine.runner.fuse = writes
+        with contextlib.suppress(StepFailed):
+            collect(self.engine.step(), self.tokens)
+
     @precondition(lambda self: self.count)
     @rule(which=st.integers(0, 100), index=st.sampled_from([None, None, 0, 1]))
     def abort(self, which: int, index: int | None) -> None:
@@ -364,6 +375,85 @@ def test_engine_machine(oracle_engine: MakeEngine, examples: int) -> None:
     )
 
 
+# ── Steps that fail ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("kind", ["single", "n", "beam"])
+def test_a_step_that_fails_at_any_point_leaves_no_lies(
+    oracle_engine: MakeEngine, kind: str, preemption: str
+) -> None:
+    """Each step fails after its first write, then after its second, and so on, until it succeeds."""
+    sizes = {"num_blocks": 22, "host_blocks": 40, "max_num_seqs": 6, "preemption": preemption}
+    width = 1 if kind == "single" else 2
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=12,
+        ignore_eos=True,
+        best_of=width,
+        n=1 if kind == "beam" else width,
+        beam_search=kind == "beam",
+    )
+
+    def add(engine: Engine) -> None:
+        for i in range(5):
+            engine.add_request(str(i), [5, 6, 7, 8, 9, 10, 11, 12, 13, i % 3], params)
+
+    unharmed = oracle_engine(**sizes)
+    add(unharmed)
+    wanted = drain(unharmed)
+    engine = oracle_engine(**sizes)
+    runner = engine.runner
+    assert isinstance(runner, OracleRunner)
+    add(engine)
+    tokens: Tokens = {}
+    failed = writes = 0
+    while engine.has_work:
+        runner.fuse = writes
+        try:
+            collect(engine.step(), tokens)
+            writes = 0
+        except StepFailed:
+            writes += 1
+            failed += 1
+        engine.check()
+    assert tokens == wanted and failed > 200
+    add(engine)  # finds what is published, and the oracle finds what is not true of it
+    assert drain(engine) == wanted
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_step_whose_sampling_fails_is_sampled_again(
+    oracle_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    engine = oracle_engine()
+    sample, calls = engine._sampler.sample, itertools.count()
+
+    def fail_at_times(*args: Any) -> list[SampledToken]:
+        fails = next(calls) % 3 > 0
+        if fails and when == "before":
+            raise StepFailed
+        tokens = sample(*args)
+        if fails:
+            raise StepFailed
+        return tokens
+
+    monkeypatch.setattr(engine._sampler, "sample", fail_at_times)
+    params = SamplingParams(temperature=1, seed=7, max_tokens=9, ignore_eos=True)
+    wanted: Tokens = {}
+    for i, prompt in enumerate(prompts(4)):
+        engine.add_request(str(i), prompt, params)
+        alone = oracle_engine()
+        alone.add_request(str(i), prompt, params)
+        wanted |= drain(alone)
+    tokens: Tokens = {}
+    while engine.has_work:
+        with contextlib.suppress(StepFailed):
+            collect(engine.step(), tokens)
+        engine.check()
+    assert tokens == wanted
+
+
 # ── Aborting in every state ───────────────────────────────────────────────────────────────────────
 
 
@@ -378,7 +468,7 @@ def _state(engine: Engine, request_id: str) -> str | None:
         if not first.output_ids:
             return "prefilling"
         return "catching up" if first.remaining > 1 else "decoding"
-    if request in scheduler.preempted:
+    if first.output_ids:
         return "swapped" if any(s.host_blocks for s in request.live) else "dropped"
     return "waiting"
 
@@ -452,15 +542,15 @@ def _first(engine: Engine) -> Sequence:
 
 
 def _in_two_places(engine: Engine) -> None:
-    engine.scheduler.preempted.append(engine.scheduler.running[0])
+    engine.scheduler.running.append(engine.scheduler.running[0])
 
 
 def _running_out_of_order(engine: Engine) -> None:
     engine.scheduler.running.reverse()
 
 
-def _preempted_out_of_order(engine: Engine) -> None:
-    engine.scheduler.preempted.reverse()
+def _step_in_the_air(engine: Engine) -> None:
+    engine.scheduler._unpublished[b"key"] = 0, 1
 
 
 def _miscount_reserved_rows(engine: Engine) -> None:
@@ -492,7 +582,7 @@ def _mixed_output(engine: Engine) -> None:
 
 
 def _waiting_with_blocks(engine: Engine) -> None:
-    next(iter(engine.scheduler.waiting)).live[0].blocks = [0]
+    next(iter(engine.scheduler.queue)).live[0].blocks = [0]
 
 
 def _leak_a_block(engine: Engine) -> None:
@@ -529,14 +619,15 @@ def _leak_a_host_block(engine: Engine) -> None:
 
 
 def _forgotten_tenant(engine: Engine) -> None:
-    engine.scheduler.waiting._present.clear()
+    engine.scheduler.queue._waiting.clear()
 
 
 def _lost_request(engine: Engine) -> None:
-    waiting = engine.scheduler.waiting
-    request = waiting.peek()
+    queue = engine.scheduler.queue
+    request = queue.peek()
     assert request is not None
-    waiting.remove(request)
+    queue.remove(request)
+    queue.settle(request)
 
 
 def _kept_request(engine: Engine) -> None:
@@ -555,7 +646,7 @@ def _too_many_sequences(engine: Engine) -> None:
     [
         (_in_two_places, "a request is in two places"),
         (_running_out_of_order, "running requests are out of order"),
-        (_preempted_out_of_order, "preempted requests are out of order"),
+        (_step_in_the_air, "neither committed nor revoked"),
         (_miscount_reserved_rows, "reserved rows are miscounted"),
         (_no_live_sequence, "has no live sequence but has not left"),
         (_adopted, "belongs to another request"),
@@ -572,7 +663,7 @@ def _too_many_sequences(engine: Engine) -> None:
         (_lose_a_row, "rows are lost or used twice"),
         (_share_without_reference, "references but"),
         (_leak_a_host_block, "references but"),
-        (_forgotten_tenant, "waits but is not present"),
+        (_forgotten_tenant, "is queued but does not wait"),
         (_lost_request, "requests are lost or kept too long"),
         (_kept_request, "requests are lost or kept too long"),
         (_too_many_sequences, "has too many sequences"),
@@ -585,7 +676,7 @@ def test_check_notices(oracle_engine: MakeEngine, corrupt: Callable[[Engine], No
         width = 1 + (i == 0)
         params = SamplingParams(temperature=0, max_tokens=50, n=width, best_of=width, ignore_eos=True)
         engine.add_request(str(i), [5 + i] * 13, params)
-    while not (len(scheduler.preempted) > 1 and len(scheduler.running) > 1):
+    while not (len(scheduler.queue) > 1 and len(scheduler.running) > 1):
         engine.step()
     engine.add_request("late", [5] * 9, SamplingParams(temperature=0, max_tokens=9))
     engine.check()

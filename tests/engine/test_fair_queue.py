@@ -22,17 +22,12 @@ class Job:
     cost: int = 1
 
 
-def enter(queue: FairQueue[Job], job: Job) -> None:
-    queue.arrive(job.tenant)
-    queue.push(job)
-
-
 def serve(queue: FairQueue[Job]) -> Job:
     job = queue.peek()
     assert job is not None
     queue.remove(job)
     queue.charge(job.tenant, job.cost)
-    queue.leave(job.tenant)
+    queue.settle(job)
     return job
 
 
@@ -45,9 +40,9 @@ def test_a_greedy_tenant_cannot_starve_another(greedy: int, costs: list[int], co
     """However many requests came before, a newcomer waits for no more service than it gets itself."""
     queue: FairQueue[Job] = FairQueue()
     for i in range(greedy):
-        enter(queue, Job("greedy", i, cost=cost))
+        queue.push(Job("greedy", i, cost=cost))
     for i, modest in enumerate(costs):
-        enter(queue, Job("modest", greedy + i, cost=modest))
+        queue.push(Job("modest", greedy + i, cost=modest))
     served = {"greedy": 0, "modest": 0}
     while {job.tenant for job in queue} == {"greedy", "modest"}:
         job = serve(queue)
@@ -59,17 +54,27 @@ def test_a_greedy_tenant_cannot_starve_another(greedy: int, costs: list[int], co
 @given(idle=st.integers(1, 1000))
 def test_time_away_earns_no_credit(idle: int) -> None:
     queue: FairQueue[Job] = FairQueue()
-    enter(queue, Job("away", 0))
+    queue.push(Job("away", 0))
     serve(queue)
-    enter(queue, Job("here", 1, cost=idle))
-    enter(queue, Job("here", 2, cost=10))
-    enter(queue, Job("here", 3, cost=10))
-    enter(queue, Job("here", 4, cost=10))
+    queue.push(Job("here", 1, cost=idle))
+    for arrival in (2, 3, 4):
+        queue.push(Job("here", arrival, cost=10))
     assert serve(queue).arrival == 1
     for arrival in (5, 6, 7):
-        enter(queue, Job("away", arrival, cost=10))
+        queue.push(Job("away", arrival, cost=10))
     tenants = [serve(queue).tenant for _ in range(6)]
     assert sorted(tenants[:2]) == sorted(tenants[2:4]) == ["away", "here"], tenants
+
+
+@given(alone=st.integers(1, 1000))
+def test_what_nobody_else_wanted_is_no_debt(alone: int) -> None:
+    queue: FairQueue[Job] = FairQueue()
+    queue.push(Job("first", 0, cost=alone))
+    serve(queue)
+    for arrival in range(1, 7):
+        queue.push(Job("first" if arrival % 2 else "second", arrival, cost=10))
+    tenants = [serve(queue).tenant for _ in range(6)]
+    assert all(sorted(tenants[i : i + 2]) == ["first", "second"] for i in (0, 2, 4)), tenants
 
 
 def test_priority_then_fairness_then_age() -> None:
@@ -81,7 +86,7 @@ def test_priority_then_fairness_then_age() -> None:
         Job("b", 3),
         Job("b", 4, priority=1),
     ):
-        enter(queue, job)
+        queue.push(job)
     assert [serve(queue).arrival for _ in range(5)] == [1, 2, 3, 0, 4]
     assert queue.peek() is None
 
@@ -91,12 +96,12 @@ def test_counters_of_idle_tenants_age_out_but_never_those_of_present_ones(
 ) -> None:
     monkeypatch.setattr(fair_queue, "MAX_IDLE_TENANTS", 10)
     queue: FairQueue[Job] = FairQueue()
-    enter(queue, Job("stays", 0))
+    queue.push(Job("stays", 0))
     queue.charge("stays", 100)
     for i in range(1, 100):
-        enter(queue, Job(f"t{i}", i, priority=-1))
+        queue.push(Job(f"t{i}", i, priority=-1))
         assert serve(queue).tenant == f"t{i}"
-        queue.check()
+        queue.check([])
         assert len(queue._served) <= 11
     assert queue._served["stays"] == 100
 
@@ -115,7 +120,7 @@ class QueueMachine(RuleBasedStateMachine):
     def arrive(self, tenant: str, priority: int) -> None:
         job = Job(tenant, self.count, priority)
         self.count += 1
-        enter(self.queue, job)
+        self.queue.push(job)
         self.waiting.append(job)
 
     @precondition(lambda self: self.waiting)
@@ -136,22 +141,22 @@ class QueueMachine(RuleBasedStateMachine):
             self.queue.push(job)
             self.waiting.append(job)
         else:
-            self.queue.leave(job.tenant)
+            self.queue.settle(job)
 
     @precondition(lambda self: self.waiting)
     @rule(which=st.integers(0, 99))
     def abort(self, which: int) -> None:
         job = self.waiting.pop(which % len(self.waiting))
         self.queue.remove(job)
-        self.queue.leave(job.tenant)
+        self.queue.settle(job)
 
     @invariant()
     def sound(self) -> None:
-        self.queue.check()
+        self.queue.check(self.running)
         assert sorted(self.queue, key=lambda j: j.arrival) == sorted(self.waiting, key=lambda j: j.arrival)
         assert len(self.queue) == len(self.waiting)
         assert (self.queue.peek() is None) == (not self.waiting)
-        assert self.queue._present.keys() == {j.tenant for j in (*self.waiting, *self.running)}
+        assert self.queue._waiting.keys() == {j.tenant for j in (*self.waiting, *self.running)}
 
 
 TestQueueMachine = QueueMachine.TestCase
@@ -163,19 +168,29 @@ def _wrong_size(queue: FairQueue[Job]) -> None:
 
 
 def _empty_list(queue: FairQueue[Job]) -> None:
-    queue._waiting["nobody"] = []
+    queue._queued["nobody"] = []
 
 
 def _out_of_order(queue: FairQueue[Job]) -> None:
-    queue._waiting["a"].reverse()
+    queue._queued["a"].reverse()
 
 
 def _absent(queue: FairQueue[Job]) -> None:
-    queue._present["a"] = 1
+    queue._waiting["a"].pop()
 
 
-def _nobody_present(queue: FairQueue[Job]) -> None:
-    queue._present["gone"] = 0
+def _twice(queue: FairQueue[Job]) -> None:
+    queue._queued["b"].append(Job("b", 3))
+    queue._size += 1
+    queue._waiting["b"].add(Job("b", 3))
+
+
+def _left(queue: FairQueue[Job]) -> None:
+    queue._waiting["b"].add(Job("b", 4))
+
+
+def _nobody_waits(queue: FairQueue[Job]) -> None:
+    queue._waiting["gone"] = set()
 
 
 def _no_counter(queue: FairQueue[Job]) -> None:
@@ -188,16 +203,19 @@ def _no_counter(queue: FairQueue[Job]) -> None:
         (_wrong_size, "size is wrong"),
         (_empty_list, "empty queue is kept for tenant 'nobody'"),
         (_out_of_order, "'s queue is out of order"),
-        (_absent, "'a' waits but is not present"),
-        (_nobody_present, "present without a request"),
+        (_absent, "'a' is queued but does not wait"),
+        (_twice, "'b' has a request in two places"),
+        (_left, "has left still waits"),
+        (_nobody_waits, "waits without a request"),
         (_no_counter, "has no counter"),
     ],
 )
 def test_check_notices(corrupt: Callable[[FairQueue[Job]], None], message: str) -> None:
     queue: FairQueue[Job] = FairQueue()
-    for job in (Job("a", 0), Job("a", 1), Job("b", 2)):
-        enter(queue, job)
-    queue.check()
+    for job in (Job("a", 0), Job("a", 1), Job("b", 2), Job("b", 3)):
+        queue.push(job)
+    queue.remove(Job("b", 3))
+    queue.check([Job("b", 3)])
     corrupt(queue)
     with pytest.raises(AssertionError, match=message):
-        queue.check()
+        queue.check([Job("b", 3)])
