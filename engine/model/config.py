@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .unread import unread
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -16,14 +17,20 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "divided")
+# What transformers takes where config.json does not have the key.
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+HEAD_DIM = {"qwen3": 128}
+MISTRAL_WINDOW = 4096
+QWEN_WINDOW_LAYERS = 28
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary embedding: the base ``theta``, and how ``kind`` scales its frequencies for longer contexts.
 
-    ``scale`` multiplies cos and sin (YaRN's attention factor).
+    ``scale`` multiplies cos and sin (YaRN's attention factor). ``divisors``: one for each frequency, of kind
+    "divided", as GGUF files have them.
     """
 
     theta: float
@@ -36,6 +43,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     scale: float = 1.0
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +98,18 @@ class ModelConfig:
             raise ConfigError(f"model {directory} uses {raw['hidden_act']}; supported is silu (SwiGLU)")
         family = ARCHITECTURES[name]
         max_positions = int(raw["max_position_embeddings"])
-        window = raw.get("sliding_window")
-        if window is not None and (family == "mistral" or raw.get("use_sliding_window", False)):
+        if (window := _window(raw, family, directory)) is not None:
             # Up to the window full attention gives the same result; beyond it the engine would be wrong.
-            max_positions = min(max_positions, int(window))
+            max_positions = min(max_positions, window)
         heads = int(raw["num_attention_heads"])
-        kv_heads = int(raw.get("num_key_value_heads") or heads)
+        kv_heads = int(raw.get("num_key_value_heads", KV_HEADS.get(family)) or heads)
+        head_dim = int(raw.get("head_dim", HEAD_DIM.get(family)) or int(raw["hidden_size"]) // heads)
+        if ignored := unread(raw, head_dim):
+            raise ConfigError(
+                f"config.json of model {directory} has settings that change the results and that this engine "
+                f"does not read: {', '.join(ignored)}. Choose another model, or take them out of config.json "
+                "if the model does not need them"
+            )
         if heads % kv_heads:
             raise ConfigError(
                 f"model {directory} has {heads} heads and {kv_heads} KV heads; KV heads must divide heads"
@@ -108,7 +122,7 @@ class ModelConfig:
             num_layers=int(raw["num_hidden_layers"]),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+            head_dim=head_dim,
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             max_positions=max_positions,
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -120,6 +134,24 @@ class ModelConfig:
             rope=_rope(raw, directory),
             eos_token_ids=read_eos_token_ids(raw, directory),
         )
+
+
+def _window(raw: dict[str, Any], family: str, directory: Path) -> int | None:
+    """The sliding window, if any layer has one."""
+    kinds = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ConfigError(
+            f"model {directory} has layer_types {', '.join(sorted(kinds))}; supported is full_attention"
+        )
+    window = raw.get("sliding_window", MISTRAL_WINDOW if family == "mistral" else None)
+    if raw.get("layer_types"):
+        slides = "sliding_attention" in raw["layer_types"]
+    elif family in ("qwen2", "qwen3"):
+        first = int(raw.get("max_window_layers", QWEN_WINDOW_LAYERS))  # that slides
+        slides = bool(raw.get("use_sliding_window")) and first < int(raw["num_hidden_layers"])
+    else:
+        slides = True
+    return int(window) if slides and window else None
 
 
 def _rope(raw: dict[str, Any], directory: Path) -> RopeConfig:
@@ -136,6 +168,8 @@ def _rope(raw: dict[str, Any], directory: Path) -> RopeConfig:
         raise ConfigError(f"model {directory} rotates {partial} of each head; supported is all of it (1.0)")
     if kind == "default":
         return RopeConfig(theta)
+    if kind == "divided":
+        return RopeConfig(theta, kind, divisors=tuple(map(float, given["divisors"])))
     factor = float(given["factor"])
     if kind == "linear":
         return RopeConfig(theta, kind, factor)
@@ -172,7 +206,8 @@ def read_eos_token_ids(raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
     """End-of-text ids. generation_config.json takes precedence, since config.json often lists only one."""
     path = directory / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    eos = generation.get("eos_token_id")
+    eos = raw.get("eos_token_id") if eos is None else eos
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)

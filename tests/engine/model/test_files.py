@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,53 +21,16 @@ from blockyard.engine.model import files
 from blockyard.engine.model.files import prepare
 from blockyard.engine.sampling_params import SamplingParams
 
+from ..gguf_files import write_gguf
 from ..models import greedy, load_reference, make_model
 
 TIMEOUT = 120.0
-WORDS = ["<unk>", "<s>", "</s>", "w", "1", *(f"w{i}" for i in range(155))]
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BLOCKYARD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
-
-
-def write_gguf(model: Path, path: Path) -> None:
-    """A llama folder as a GGUF file, as llama.cpp's converter writes it: names, and q and k interleaved."""
-    config = json.loads((model / "config.json").read_text())
-    heads, kv_heads, hidden = (
-        config[k] for k in ("num_attention_heads", "num_key_value_heads", "hidden_size")
-    )
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
-    writer.add_token_merges(["w 1"])
-    writer.add_token_types([3, 3, 3, *[1] * (len(WORDS) - 3)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, tensor in load_file(model / "model.safetensors").items():
-        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if part in name:
-                rows = len(tensor) // count // 2
-                tensor = tensor.view(count, 2, rows, -1).transpose(1, 2).reshape(tensor.shape)  # noqa: PLW2901
-        ours = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(ours, np.ascontiguousarray(tensor.numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +207,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ConfigError, match=r"broken\.gguf could not be converted"):
+    with pytest.raises(ConfigError, match=r"broken\.gguf is damaged or no GGUF file"):
         prepare(str(path))
     assert [p for p in cache.iterdir() if p.is_dir()] == []
 
