@@ -286,8 +286,12 @@ def test_notes_of_people_and_tools_are_no_settings(llama: Path, tmp_path: Path) 
 def test_a_key_that_is_not_there_means_what_it_means_to_transformers(tmp_path: Path, name: str) -> None:
     small = {
         "architectures": [name],
-        **{"vocab_size": 160, "hidden_size": 4096, "intermediate_size": 96, "num_hidden_layers": 40},
-        **{"num_attention_heads": 64, "max_position_embeddings": 8192},
+        "vocab_size": 160,
+        "hidden_size": 4096,
+        "intermediate_size": 96,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 64,
+        "max_position_embeddings": 8192,
     }
     (tmp_path / "config.json").write_text(json.dumps(small))
     ours = ModelConfig.from_directory(tmp_path)
