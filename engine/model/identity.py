@@ -24,7 +24,7 @@ from types import TracebackType
 
 from ...user_cache import cache_folder
 from ..errors import ConfigError
-from .weights import read_entries, weight_files
+from .weights import Entry, read_entries, weight_files
 
 CHUNK_BYTES = 16 << 20  # part of the definition: with other chunks, every identity is another
 _READ_BYTES = 1 << 20
@@ -45,16 +45,13 @@ class WeightsIdentity:
         self._known = self._look_up()
         self._entries = sorted(read_entries(directory).items())
         self._descriptors: dict[Path, int] = {}
-        self._digests: dict[tuple[Path, int], Future[bytes]] = {}  # by file and offset
+        self._digests: dict[tuple[Path, int, int], Future[bytes]] = {}  # of each chunk
         self._threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "identity")
         if self._known is None:
             self._descriptors = {path: os.open(path, os.O_RDONLY) for path in self._files}
-            for _, entry in sorted(self._entries, key=lambda item: (item[1].file, item[1].begin)):
-                for begin in range(entry.begin, entry.end, CHUNK_BYTES):
-                    end = min(begin + CHUNK_BYTES, entry.end)
-                    self._digests[entry.file, begin] = self._threads.submit(
-                        self._hash, entry.file, begin, end
-                    )
+            chunks = (chunk for _, entry in self._entries for chunk in _chunks(entry))
+            for chunk in sorted(chunks):  # as a disk reads them best
+                self._digests[chunk] = self._threads.submit(self._hash, *chunk)
 
     def __enter__(self) -> WeightsIdentity:
         return self
@@ -98,8 +95,8 @@ class WeightsIdentity:
         digest = hashlib.sha256()
         for name, entry in self._entries:
             digest.update(json.dumps([name, entry.dtype, entry.shape, entry.end - entry.begin]).encode())
-            for begin in range(entry.begin, entry.end, CHUNK_BYTES):
-                digest.update(self._digests[entry.file, begin].result())
+            for chunk in _chunks(entry):
+                digest.update(self._digests[chunk].result())
         return digest.hexdigest()
 
     # ── The cache ─────────────────────────────────────────────────────────────────────────────────
@@ -136,3 +133,9 @@ class WeightsIdentity:
             with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
                 file.write(identity)
             Path(file.name).replace(place)
+
+
+def _chunks(entry: Entry) -> list[tuple[Path, int, int]]:
+    """File, begin and end of each part of a tensor that is hashed as one."""
+    begins = range(entry.begin, entry.end, CHUNK_BYTES)
+    return [(entry.file, begin, min(begin + CHUNK_BYTES, entry.end)) for begin in begins]

@@ -105,6 +105,24 @@ def test_values_that_change_places_make_another_model(
     assert len({identify(here), identify(chunks), identify(tensors)}) == 3
 
 
+def test_bytes_of_two_tensors_count_for_both(tmp_path: Path) -> None:
+    """No writer of safetensors makes this, but a reader takes it."""
+    seen = set()
+    for last in range(2):
+        header = json.dumps(
+            {
+                "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            }
+        ).encode()
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        content = len(header).to_bytes(8, "little") + header + bytes(7) + bytes([last])
+        (folder / "model.safetensors").write_bytes(content)
+        seen.add(identify(folder))
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("pieces", [2, 3])
 def test_how_tensors_are_cut_into_files_does_not_count(checkpoint: Path, tmp_path: Path, pieces: int) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
