@@ -1,7 +1,8 @@
 """Trial compilations of grammars, in child processes whose time and memory are limited.
 
 A compilation that runs in a thread cannot be ended, and one that takes all memory takes the engine with it. A
-child process is killed when its time is up, and aborts when it asks for more memory than it may have.
+child process is killed when its time is up, also if nobody waits for it any more, and aborts when it asks for
+more memory than it may have.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 10.0  # seconds for one schema
+CPU_TIME = 5  # seconds for one schema
+TIMEOUT = 30.0  # seconds that it may take on a busy machine
 MEMORY = 128 << 20  # bytes for one schema
 START_TIMEOUT = 60.0  # seconds until a child has read the tokenizer
 MAX_LEXER_STATES = 50_000  # of 1 to 2 KiB each, which an output may add while it is generated
 TOO_COMPLEX = (
-    f"it is too complex: compiling it takes more than {TIMEOUT:.0f} s or {MEMORY >> 20} MiB. Large bounds "
+    f"it is too complex: compiling it takes more than {CPU_TIME} s or {MEMORY >> 20} MiB. Large bounds "
     "(multipleOf, maxLength), patterns and combinations by allOf are the usual reasons; simplify them"
 )
 
@@ -146,20 +148,24 @@ def main(fd: int, tokenizer_file: str, vocab_size: int, eos_token_ids: list[int]
     tokenizer = make_tokenizer(Path(tokenizer_file), vocab_size, eos_token_ids)
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, -1))
+        _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY)
     pipe.send_bytes(b"")
     while True:
         try:
             schema = pipe.recv_bytes().decode()
         except EOFError:
             return
-        # If the engine is killed meanwhile, nobody else ends this process.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + TIMEOUT) + 1, -1))
+        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + CPU_TIME)
         try:
             error = make_matcher(tokenizer, schema).get_error()
         except ValueError as failure:
             error = str(failure)
         pipe.send_bytes(error.encode())
+
+
+def _limit(what: int, value: int) -> None:
+    _, most = resource.getrlimit(what)
+    resource.setrlimit(what, (value if most == resource.RLIM_INFINITY else min(value, most), most))
 
 
 if __name__ == "__main__":
