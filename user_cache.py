@@ -1,4 +1,5 @@
-"""Where this user's caches are: prepared models, compiled kernels, local runs, the tests' control plane.
+"""Where this user's caches are: prepared models, their identities, compiled kernels, local runs, the control
+plane of the tests.
 
 It stands beside the floors, and below all of them, because each keeps something there.
 """

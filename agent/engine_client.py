@@ -178,12 +178,13 @@ class EngineClient:
                 for output in event.outputs:
                     generation = self._generations.get(output.request_id)
                     if generation is not None:
-                        generation.put(output)
+                        refusal = RequestError(output.error or "", field="response_format")
+                        generation.put(refusal if output.error else output)
             case Rejected():
                 generation = self._generations.get(event.request_id)
                 if generation is not None:
-                    refusal = RequestError(event.message, field=event.field)
-                    generation.put(InternalError(event.message) if event.internal else refusal)
+                    rejection = RequestError(event.message, field=event.field)
+                    generation.put(InternalError(event.message) if event.internal else rejection)
             case Stats():
                 self.stats, self._covered = event.stats, event.commands
                 self._on_change()

@@ -1,8 +1,9 @@
 """The engine's process: commands in, steps, events out. The only module of the agent that uses torch.
 
 The main thread computes. A reader thread moves commands from the socket into a queue, so that a slow client
-cannot delay a step, and an idle engine waits for the queue instead of polling it. The process exits when the
-other end of its socket is closed.
+cannot delay a step, and an idle engine waits for the queue instead of polling it. A request with a grammar
+goes through other threads first, which compile it and put the request back into the queue: it waits alone.
+The process exits when the other end of its socket is closed.
 """
 
 from __future__ import annotations
@@ -16,22 +17,36 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import msgspec
 
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
 from ..engine.errors import ConfigError, RequestError, WorkerDied
+from ..engine.sampling_params import Structure
+from ..engine.structured import Grammar
 from .messages import Abort, AddRequest, Command, Event, Failed, Outputs, Ready, Rejected, Shutdown, Stats
 from .wire import WireError, commands, frame
 
 log = logging.getLogger("blockyard.agent")
 
 STATS_INTERVAL = 0.1  # seconds between reports while computing
+COMPILERS = 4  # requests whose grammars are compiled at once, each in a thread
 _PR_SET_PDEATHSIG = 1
 
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A request comes back with its grammar, or with the error that it has none."""
+
+    command: AddRequest
+    grammar: Future[Grammar]
+
+
 # None: the socket has ended. WorkerDied: the engine is broken, and must end even if it is idle.
-Commands = queue.SimpleQueue[Command | WorkerDied | None]
+Commands = queue.SimpleQueue[Command | Compiled | WorkerDied | None]
 
 
 def main(fd: int, config: EngineConfig) -> int:
@@ -89,6 +104,8 @@ class _Loop:
         self._carried_out = 0
         self._stopping = False
         self._reported = 0.0
+        self._compilers = ThreadPoolExecutor(COMPILERS, "compiler")
+        self._compiling: dict[str, Future[Grammar]] = {}
         threading.Thread(target=self._read, daemon=True, name="commands").start()
 
     def _read(self) -> None:
@@ -125,20 +142,37 @@ class _Loop:
                 return
             wait = False
             self._carry_out(command)
-            self._carried_out += 1
+            self._carried_out += not isinstance(command, Compiled)
 
-    def _carry_out(self, command: Command | WorkerDied | None) -> None:
+    def _carry_out(self, command: Command | Compiled | WorkerDied | None) -> None:
         match command:
+            case AddRequest() if command.params.structure is not None:
+                self._compile(command, command.params.structure)
             case AddRequest():
                 self._add(command)
+            case Compiled():
+                if self._compiling.get(command.command.request_id) is command.grammar:  # else it was aborted
+                    del self._compiling[command.command.request_id]
+                    self._add(command.command, command.grammar)
             case Abort():
+                if command.index is None and (grammar := self._compiling.pop(command.request_id, None)):
+                    grammar.cancel()
                 self._engine.abort(command.request_id, command.index, command.reason)
             case Shutdown() | None:
                 self._stopping = True
             case WorkerDied():
                 raise command
 
-    def _add(self, command: AddRequest) -> None:
+    def _compile(self, command: AddRequest, structure: Structure) -> None:
+        if command.request_id in self._compiling:
+            message = f"a request with id {command.request_id!r} is being served"
+            _send(self._connection, Rejected(command.request_id, message, "request_id"))
+            return
+        grammar = self._compilers.submit(self._engine.compile, structure)
+        self._compiling[command.request_id] = grammar
+        grammar.add_done_callback(lambda done: self._commands.put(Compiled(command, done)))
+
+    def _add(self, command: AddRequest, grammar: Future[Grammar] | None = None) -> None:
         try:
             self._engine.add_request(
                 command.request_id,
@@ -146,6 +180,7 @@ class _Loop:
                 command.params,
                 tenant=command.tenant,
                 priority=command.priority,
+                grammar=None if grammar is None else grammar.result(),
             )
         except RequestError as error:
             _send(self._connection, Rejected(command.request_id, str(error), error.field))

@@ -2,7 +2,8 @@
 
 It joins the parts: the scheduler decides what a step computes, the runner computes it, the sampler chooses
 tokens. The consequences of a token (it ends a sequence, it forks the prompt into ``best_of`` sequences, it
-moves the beams) are decided here. Not thread-safe by design: the owner of an engine calls it from one thread.
+moves the beams) are decided here. Not thread-safe by design: the owner of an engine calls it from one thread,
+except for ``compile``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .kv.block_key import root_key
 from .kv.block_pool import BlockPool
 from .outputs import EngineStats, FinishReason, SequenceOutput, TierUsage, TokenLogprob
 from .sampler import SampledToken, Sampler, SamplingState
-from .sampling_params import SamplingParams
+from .sampling_params import SamplingParams, Structure
 from .scheduler import Chunk, Limits, Scheduler
 from .sequence import Request, Sequence
 from .step import StepRunner
@@ -123,8 +124,11 @@ class Engine:
         *,
         tenant: str = "",
         priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request. RequestError if it can never be served; then nothing of it is kept.
+
+        ``grammar`` is what ``compile`` made of ``params.structure``; without it, it is compiled now.
 
         ``tenant`` salts the block keys, so that tenants never share KV, and is the unit of fair scheduling. A
         lower ``priority`` is served sooner.
@@ -140,7 +144,8 @@ class Engine:
                 field="prompt",
             )
         params.check(vocab_size=self.info.vocab_size)
-        grammar = None if params.structure is None else self._grammars.compile(params.structure)
+        if params.structure is not None and grammar is None:
+            grammar = self.compile(params.structure)
         request = Request(
             request_id,
             prompt_ids,
@@ -155,6 +160,14 @@ class Engine:
         self.scheduler.add(request, Sequence(request, 0, self._sampling_state(request, seed, grammar)))
         self._arrivals += 1
         self._requests[request_id] = request
+
+    def compile(self, structure: Structure) -> Grammar:
+        """The grammar for one request. RequestError if it cannot be used.
+
+        The only method that may be called from another thread, where it holds up no step: it takes
+        milliseconds, but seconds if the schema is large.
+        """
+        return self._grammars.compile(structure)
 
     @staticmethod
     def _sampling_state(request: Request, seed: int, grammar: Grammar | None) -> SamplingState:
@@ -228,7 +241,8 @@ class Engine:
         if states:
             rows = logits if source == list(range(len(logits))) else logits[source]
             for sequence, token in zip(owners, self._sampler.sample(rows, states), strict=True):
-                self._advance(sequence, token)
+                if sequence.request.live:  # else it has failed with one of its other sequences
+                    self._advance(sequence, token)
         for request, rows_of in beams.items():
             self._advance_beams(request, logits[rows_of])
 
@@ -246,6 +260,13 @@ class Engine:
         request, params = sequence.request, sequence.request.params
         if not sequence.output_ids:
             self._count_prompt(sequence)
+        grammar = sequence.sampling.grammar
+        if grammar is not None and grammar.error is not None:
+            self._outputs.append(
+                SequenceOutput(request.id, sequence.index, [], finish_reason="abort", error=grammar.error)
+            )
+            self.abort(request.id)
+            return
         sequence.cumulative_logprob += token.logprob
         reason: FinishReason | None = None
         if (token.token_id in self._eos and not params.ignore_eos) or token.token_id in params.stop_token_ids:
@@ -255,7 +276,6 @@ class Engine:
             self._generated_tokens += 1
             if params.logprobs is not None:
                 sequence.logprobs.append(TokenLogprob(token.token_id, token.logprob, token.top or []))
-            grammar = sequence.sampling.grammar
             if grammar is not None and grammar.finished:
                 reason = "stop"
             elif len(sequence.output_ids) >= params.max_tokens:
@@ -411,5 +431,6 @@ class Engine:
             )
 
     def close(self) -> None:
-        """End worker processes and free the device."""
+        """End worker and child processes and free the device."""
+        self._grammars.close()
         self.runner.close()

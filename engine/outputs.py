@@ -24,7 +24,8 @@ class SequenceOutput:
     The last output of each of a request's ``n`` choices has ``finish_reason`` set. The token that
     stopped a sequence (end of text or a stop token id) is not in ``token_ids``. With
     ``best_of > n`` and with beam search the choices are ranked when all sequences have finished, so a
-    choice is then sent as one output.
+    choice is then sent as one output. ``error`` says why the whole request ends before its time, because of
+    its ``response_format``; it is the request's last output.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class SequenceOutput:
     stop_token_id: int | None = None
     cached_tokens: int = 0
     cumulative_logprob: float = 0.0
+    error: str | None = None
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .kv.host_memory import available_bytes
 from .model.config import ModelConfig
 from .model.decoder import Alone, Communicator, Model, layout_digest, pool_shape
+from .model.identity import WeightsIdentity
 from .step import Ints, StepInput
 
 GIB = 1 << 30
@@ -50,17 +51,11 @@ class Runner:
         self.max_num_seqs = config.max_num_seqs or (256 if on_gpu else 64)
         self.max_batch_tokens = config.max_batch_tokens or (2048 if on_gpu else 256)
         self.host_blocks = config.host_blocks
-        self.layout_digest = layout_digest(
-            directory,
-            self.model_config,
-            dtype=self.dtype,
-            block_tokens=config.block_tokens,
-            tensor_parallel=self._comm.size,
-        )
+        self.layout_digest = ""  # on rank 0 alone
         self._block_tokens = config.block_tokens
         try:
             with torch.inference_mode():
-                self._load(directory)
+                self._load_and_identify(directory)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -74,6 +69,20 @@ class Runner:
                 f"{error}. Lower kv_blocks, kv_bytes, memory_fraction, host_blocks or max_batch_tokens, or "
                 "choose a smaller dtype"
             ) from None
+
+    def _load_and_identify(self, directory: Path) -> None:
+        if self._comm.rank != 0:
+            self._load(directory)
+            return
+        with WeightsIdentity(directory) as identity:
+            self._load(directory)
+            self.layout_digest = layout_digest(
+                identity.result(),
+                self.model_config,
+                dtype=self.dtype,
+                block_tokens=self._block_tokens,
+                tensor_parallel=self._comm.size,
+            )
 
     def _load(self, directory: Path) -> None:
         config, on_gpu = self._config, self.device.type == "cuda"

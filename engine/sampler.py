@@ -85,10 +85,10 @@ class Sampler:
     def sample(self, logits: Tensor, states: list[SamplingState]) -> list[SampledToken]:
         """One token for each row. logits [S, V], any float dtype, on any device; they are not changed.
 
-        Plain batches synchronise with the device only to check for finite logits and to fetch the tokens.
+        Plain batches synchronise with the device once, to fetch the tokens.
         """
         if all(state._plain for state in states):
-            return [SampledToken(token) for token in _finite(logits).argmax(-1).tolist()]
+            return [SampledToken(token) for token in _greedy(logits)]
         raw = _finite(logits.float())
         adjusted = self._adjust(raw, states)
         tokens = adjusted.argmax(-1)
@@ -227,10 +227,19 @@ class Sampler:
                 result[i].top = list(zip(row_ids[:count], row[:count], strict=True))
 
 
+def _greedy(logits: Tensor) -> list[int]:
+    """The best token of each row, [S, V] -> [S]. NaN is never the best."""
+    best, ids = logits.max(-1)  # NaN if any is NaN; an infinity below the maximum does no harm
+    token_ids, sound = torch.stack([ids, torch.isfinite(best)]).tolist()  # one transfer
+    if all(sound):
+        return list(token_ids)
+    return list(_finite(logits.float()).argmax(-1).tolist())
+
+
 def _finite(logits: Tensor) -> Tensor:
     """Rows with NaN or infinities, which must not disturb other rows, are made finite; others stay as they
-    are.
+    are. Extremes tell as much as a sum does, and do not overflow. float32 [S, V], S > 0.
     """
-    if bool(torch.isfinite(logits.sum())):
+    if bool(torch.isfinite(torch.stack(torch.aminmax(logits))).all()):
         return logits
     return torch.nan_to_num(logits, nan=-1e30, posinf=1e30, neginf=-1e30)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import kernels
 from ..errors import ConfigError
 from .config import ModelConfig, RopeConfig
-from .weights import Weights, weights_identity
+from .weights import Weights
 
 BLOCK_ORDER = "layers, k and v, kv_heads, block_tokens, head_dim"
 
@@ -250,8 +250,8 @@ def rope_tables(
     elif rope.kind == "divided":
         if len(rope.divisors) != head_dim // 2:
             raise ConfigError(
-                f"RoPE has {len(rope.divisors)} divisors, but a head has {head_dim // 2} frequencies, and all of "
-                "it must be rotated. Choose another model"
+                f"RoPE has {len(rope.divisors)} divisors, but a head has {head_dim // 2} frequencies, and "
+                "all of it must be rotated. Choose another model"
             )
         frequency = frequency / torch.tensor(rope.divisors)
     elif rope.kind == "llama3":
@@ -296,11 +296,14 @@ def _yarn_frequencies(frequency: Tensor, rope: RopeConfig, head_dim: int) -> Ten
 
 
 def layout_digest(
-    directory: Path, config: ModelConfig, *, dtype: torch.dtype, block_tokens: int, tensor_parallel: int
+    weights: str, config: ModelConfig, *, dtype: torch.dtype, block_tokens: int, tensor_parallel: int
 ) -> str:
-    """Hash of all properties that make two engines' blocks exchangeable, and of none of one instance."""
+    """Hash of all properties that make two engines' blocks exchangeable, and of none of one instance.
+
+    ``weights`` is the checkpoint's identity.
+    """
     facts = {
-        "weights": weights_identity(directory),
+        "weights": weights,
         "order": BLOCK_ORDER,
         "dtype": str(dtype),
         "block_tokens": block_tokens,

@@ -1,4 +1,4 @@
-"""Reads safetensors files: the list of tensors, one tensor or one rank's slice of it, and a digest of all.
+"""Reads safetensors files: the list of tensors, and one tensor or one rank's slice of it.
 
 The files are read with plain reads, so loading takes no more memory than the weights and one tensor. Mapping
 the files, as the safetensors library does, would count every page as resident a second time until the last
@@ -7,10 +7,8 @@ tensor is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +21,6 @@ from ..errors import ConfigError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100 << 20  # safetensors' own limit
-SAMPLES, SAMPLE_BYTES = 8, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,30 +156,3 @@ def read_entries(directory: Path) -> dict[str, Entry]:
                 f"{path} is damaged or no safetensors file ({error}); fetch the model again"
             ) from None
     return entries
-
-
-def weights_identity(directory: Path) -> str:
-    """A digest that differs between checkpoints and is equal on every machine, without reading gigabytes.
-
-    It covers every tensor's name, dtype and shape and evenly spread samples of its values (all values of a
-    small tensor). Tensors are taken in the order of their names, so that it does not matter how a checkpoint
-    is cut into files.
-    """
-    digest = hashlib.sha256()
-    descriptors: dict[Path, int] = {}
-    try:
-        for name, entry in sorted(read_entries(directory).items()):
-            if entry.file not in descriptors:
-                descriptors[entry.file] = os.open(entry.file, os.O_RDONLY)
-            digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-            size = entry.end - entry.begin
-            if size <= SAMPLES * SAMPLE_BYTES:
-                digest.update(os.pread(descriptors[entry.file], size, entry.begin))
-                continue
-            for i in range(SAMPLES):
-                offset = (size - SAMPLE_BYTES) * i // (SAMPLES - 1)
-                digest.update(os.pread(descriptors[entry.file], SAMPLE_BYTES, entry.begin + offset))
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockyard.engine.sampler import NUCLEUS_CANDIDATES, Sampler, SamplingState, uniform
+from blockyard.engine.sampler import NUCLEUS_CANDIDATES, Sampler, SamplingState, _finite, uniform
 from blockyard.engine.sampling_params import SamplingParams
 
 DRAWS = 8000
@@ -222,6 +222,45 @@ def test_a_broken_row_does_not_hurt_its_batch_mates(poison: float, whole_row: bo
         # What is reported goes into JSON, which knows no NaN.
         assert all(math.isfinite(v) for v in (result[1].logprob, *(v for _, v in result[1].top or [])))
         assert torch.equal(torch.nan_to_num(broken), torch.nan_to_num(before)), "logits were changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sound_logits_whose_sum_overflows_take_the_fast_path(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import blockyard.engine.sampler as module
+
+    vocab = 150_000
+    rows = torch.full((3, vocab), torch.finfo(dtype).max / 4, dtype=dtype)
+    assert not torch.isfinite(rows.sum())
+    best = [7, vocab - 1, 70_000]
+    rows[[0, 1, 2], best] = torch.finfo(dtype).max
+    single = rows.float()
+    assert _finite(single) is single
+    drawn = [state(SamplingParams(temperature=1e-9), seed=i) for i in range(3)]
+    assert [t.token_id for t in Sampler(vocab, [0]).sample(rows, drawn)] == best
+    monkeypatch.setattr(module, "_finite", lambda _: pytest.fail("the slow path was taken"))
+    plain = [state(SamplingParams(temperature=0))] * 3
+    assert [t.token_id for t in Sampler(vocab, [0]).sample(rows, plain)] == best
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("row", "best"),
+    [
+        ([0.0, 2.0, math.nan, 1.0], 1),
+        ([math.nan] * 4, 0),
+        ([math.nan, -1e4, -math.inf, -2e4], 1),
+        ([-1.0, -math.inf, 3.0, 3.0], 2),
+        ([-math.inf] * 4, 0),
+        ([0.0, 1.0, math.inf, math.inf], 2),
+        ([math.nan, 1.0, math.nan, math.inf], 3),
+    ],
+)
+def test_the_best_of_a_broken_row_is_its_best_number(dtype: torch.dtype, row: list[float], best: int) -> None:
+    rows = torch.tensor([[1.0, 5.0, 2.0, 3.0], row], dtype=dtype)
+    plain = [state(SamplingParams(temperature=0))] * 2
+    assert [t.token_id for t in Sampler(4, [0]).sample(rows, plain)] == [1, best]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

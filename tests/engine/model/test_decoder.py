@@ -16,6 +16,7 @@ from blockyard.engine.errors import ConfigError
 from blockyard.engine.model.config import ModelConfig
 from blockyard.engine.model.decoder import layout_digest
 from blockyard.engine.model.files import prepare
+from blockyard.engine.model.identity import WeightsIdentity
 from blockyard.engine.outputs import SequenceOutput
 from blockyard.engine.sampling_params import SamplingParams
 
@@ -167,7 +168,9 @@ def test_the_layout_digest_depends_on_content_alone(tmp_path: Path) -> None:
 
     def digest(folder: Path, **changes: object) -> str:
         settings = {"dtype": torch.float32, "block_tokens": 16, "tensor_parallel": 1, **changes}
-        return layout_digest(folder, ModelConfig.from_directory(folder), **settings)  # type: ignore[arg-type]
+        config = ModelConfig.from_directory(folder)
+        with WeightsIdentity(folder) as identity:
+            return layout_digest(identity.result(), config, **settings)  # type: ignore[arg-type]
 
     assert digest(path) == digest(copy) != digest(other)
     distinct = {
