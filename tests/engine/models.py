@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 COMMON = {
@@ -79,6 +80,17 @@ def make_model(family: str, folder: Path, **changes: object) -> Path:
     path = folder / family
     model.save_pretrained(path)
     return path
+
+
+def make_tokenizer(path: Path) -> None:
+    """Give a model of 160 tokens a tokenizer for ASCII, one token a character."""
+    characters = [*map(chr, range(ord("!"), ord("~") + 1)), "\u0120"]  # the last is a byte-level BPE's blank
+    tokens = ["<pad>", "<s>", "</s>", *characters]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.save(str(path / "tokenizer.json"))
 
 
 def load_reference(path: Path) -> PreTrainedModel:
