@@ -50,24 +50,24 @@ class BeamSearch:
         self._beams: list[tuple[list[TokenLogprob], float]] = [([], 0.0)]
         self._finished: list[Hypothesis] = []  # best first, at most ``width``
 
+    @property
+    def totals(self) -> list[float]:
+        """The scores so far of the live beams, best first."""
+        return [total for _, total in self._beams]
+
     def step(
-        self, candidates: list[list[tuple[TokenLogprob, float]]], completes: Callable[[int, int], bool]
+        self, candidates: list[tuple[int, TokenLogprob, float]], completes: Callable[[int, int], bool]
     ) -> Decision:
-        """Advance by one token. ``candidates``: for each live beam its best ``considered`` (token, score).
+        """Advance by one token. ``candidates``: the ``considered`` best continuations of all live beams, best
+        first: (index of the parent, token, score so far).
 
         ``completes`` tells whether (index of a live beam, token id) completes the beam's grammar. Afterwards
         ``done`` tells whether the search is over; if it is, ignore the returned decision.
         """
-        scored = [
-            (total + score, parent, token)
-            for parent, (_, total) in enumerate(self._beams)
-            for token, score in candidates[parent]
-        ]
-        scored.sort(key=lambda item: -item[0])
         length = len(self._beams[0][0]) + 1
         chosen: list[tuple[int, int, float]] = []
         beams: list[tuple[list[TokenLogprob], float]] = []
-        for rank, (total, parent, token) in enumerate(scored[: self.considered]):
+        for rank, (parent, token, total) in enumerate(candidates):
             if len(chosen) == self.width <= rank:
                 break
             tokens = self._beams[parent][0]

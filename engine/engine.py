@@ -317,7 +317,7 @@ class Engine:
         if not parents[0].output_ids:
             self._count_prompt(parents[0])
         states = [sequence.sampling for sequence in parents]
-        candidates = self._sampler.continuations(logits, states, beam.considered)
+        candidates = self._sampler.continuations(logits, states, beam.totals, beam.considered)
         decision = beam.step(candidates, lambda parent, token_id: states[parent].completes(token_id))
         if beam.done:
             self._finish_beams(request)

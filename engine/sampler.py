@@ -114,24 +114,23 @@ class Sampler:
         return result
 
     def continuations(
-        self, logits: Tensor, states: list[SamplingState], k: int
-    ) -> list[list[tuple[TokenLogprob, float]]]:
-        """The k best tokens of each beam of one request and what each adds to the beam's score, best first.
+        self, logits: Tensor, states: list[SamplingState], totals: list[float], k: int
+    ) -> list[tuple[int, TokenLogprob, float]]:
+        """The k best continuations of all beams of one request, best first: (beam, token, score).
 
-        logits [S, V] -> [S][at most k]. As in transformers, bias and penalties change the log-probabilities,
-        and their sum is not brought back to one. What is forbidden is left out.
+        logits [S, V]; ``totals`` [S] are the beams' scores so far. As in transformers, bias and penalties
+        change the log-probabilities, and the result is not normalised again. What is forbidden is left out.
         """
         raw = torch.log_softmax(_finite(logits.float()), dim=-1)
-        scores, ids = self._adjust(raw, states).topk(min(k, raw.shape[1]), dim=-1)
-        own = raw.gather(1, ids).tolist()
+        scores = self._adjust(raw, states) + torch.tensor(totals, device=raw.device).unsqueeze(1)
+        values, flat = scores.flatten().topk(min(k, scores.numel()))
+        beams, ids = flat // raw.shape[1], flat % raw.shape[1]
         tops = self._best(raw, states[0].params.logprobs or 0)
+        columns = beams.tolist(), ids.tolist(), raw[beams, ids].tolist(), values.tolist()
         return [
-            [
-                (TokenLogprob(token_id, logprob, top), score)
-                for token_id, logprob, score in zip(*row, strict=True)
-                if score > -math.inf
-            ]
-            for *row, top in zip(ids.tolist(), own, scores.tolist(), tops, strict=True)
+            (beam, TokenLogprob(token_id, logprob, tops[beam]), total)
+            for beam, token_id, logprob, total in zip(*columns, strict=True)
+            if total > -math.inf
         ]
 
     # ── Changing the distribution ─────────────────────────────────────────────────────────────────
@@ -171,9 +170,8 @@ class Sampler:
         if len(outputs) < p.min_tokens:
             with_ends, row = row, row.clone()
             row[[*self._eos, *(t for t in p.stop_token_ids if t < self._vocab_size)]] = -torch.inf
-            if (
-                state.grammar is not None
-            ):  # which may allow nothing but an end; then it comes before min_tokens
+            if state.grammar is not None:
+                # It may allow nothing but an end, which then comes before min_tokens.
                 row = torch.where(row.isneginf().all(), with_ends, row)
         return None if row is before else row
 
