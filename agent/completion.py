@@ -47,22 +47,33 @@ class Totals:
 
 
 class Choice:
-    """The text of one choice as it grows."""
+    """The text of one choice as it grows. Stop strings count only after ``min_tokens`` tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str], index: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], min_tokens: int, index: int) -> None:
         self.index = index
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(stops)
+        self._unstoppable = min_tokens  # tokens that are still to come before a stop string counts
 
     def advance(self, output: SequenceOutput) -> tuple[Piece, bool]:
         """(what is new, whether a stop string ended the choice before the engine did)."""
-        text, stopped = self._stops.feed(self._detokenizer.feed(output.token_ids))
+        text, stopped, tokens = "", False, 0
+        for token_id in output.token_ids:  # many, if choices are ranked
+            tokens += 1
+            new = self._detokenizer.feed([token_id])
+            if self._unstoppable:
+                self._unstoppable -= 1
+            else:
+                new, stopped = self._stops.feed(new)
+            text += new
+            if stopped:
+                break
         reason: FinishReason | None = "stop" if stopped else output.finish_reason
         if output.finish_reason is not None and not stopped:
             rest, stopped_at_end = self._stops.feed(self._detokenizer.flush())
             text += rest if stopped_at_end else rest + self._stops.flush()
             reason = "stop" if stopped_at_end else reason
-        piece = Piece(self.index, len(output.token_ids), text, output.logprobs or [], reason)
+        piece = Piece(self.index, tokens, text, (output.logprobs or [])[:tokens], reason)
         return piece, stopped and output.finish_reason is None
 
 
@@ -75,6 +86,7 @@ class Completion:
     prompts: list[list[int]]
     choices_each: int
     stops: list[str]
+    min_tokens: int
     totals: Totals = field(default_factory=Totals)
 
     @property
@@ -117,7 +129,9 @@ class Completion:
     async def _follow(self, number: int) -> AsyncGenerator[Piece, None]:
         generation = self.generations[number]
         first = number * self.choices_each
-        choices = [Choice(self.tokenizer, self.stops, first + i) for i in range(self.choices_each)]
+        choices = [
+            Choice(self.tokenizer, self.stops, self.min_tokens, first + i) for i in range(self.choices_each)
+        ]
         counted = False
         async for output in generation.outputs():
             if not counted:

@@ -34,6 +34,16 @@ UNSUPPORTED = {
     "web_search_options": "this server does not search; leave it out",
 }
 
+BEST_OF = "decode so many; if they are more than n, the n best are sent, each whole, when all have ended"
+MIN_TOKENS = (
+    "no end of text, stop token or stop string before so many tokens; a grammar (response_format) that is "
+    "finished ends the answer before"
+)
+USE_BEAM_SEARCH = (
+    "best_of is the beam width; temperature must be 0 or unset, top_p, top_k and min_p off. logit_bias and "
+    "penalties change the log-probabilities by which beams are ranked, as in transformers"
+)
+
 # Fields that take several types, and which, for error messages.
 ALTERNATIVES = {
     "content": "a string or a list of text parts",
@@ -90,9 +100,12 @@ class Sampling(Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="decode so many, return the n best")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description=BEST_OF)
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+        None,
+        description="the answer ends before the first of these strings that comes after min_tokens tokens",
+    )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: (
@@ -109,14 +122,12 @@ class Sampling(Strict):
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 or -1: off")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
-    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description=MIN_TOKENS)
+    ignore_eos: bool | None = Field(None, description="go on after an end of text; not after a grammar's end")
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
-    use_beam_search: bool | None = Field(
-        None, description="best_of is the beam width; temperature must be 0 or unset"
-    )
-    length_penalty: float | None = Field(None, ge=-10, le=10)
-    early_stopping: bool | None = None
+    use_beam_search: bool | None = Field(None, description=USE_BEAM_SEARCH)
+    length_penalty: float | None = Field(None, ge=-10, le=10, description="only with use_beam_search")
+    early_stopping: bool | None = Field(None, description="only with use_beam_search")
     priority: int | None = Field(None, ge=-1000, le=1000, description="lower is served sooner")
     cache_salt: str | None = Field(
         None, max_length=256, description="share cached prefixes only with equal salts"
@@ -241,6 +252,11 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
     def structure(self) -> Structure | None:
+        if self.json_schema is not None and self.type != "json_schema":
+            raise BadRequest(
+                f"response_format.json_schema needs type json_schema (type is {self.type})",
+                param="response_format",
+            )
         if self.type == "text":
             return None
         if self.type == "json_object":

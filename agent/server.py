@@ -230,6 +230,11 @@ class Agent:
             raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
         prompt = await self._encode(self._render(ask.messages))
         wanted = ask.max_tokens if ask.max_completion_tokens is None else ask.max_completion_tokens
+        if ask.max_tokens not in (None, wanted):
+            raise BadRequest(
+                f"max_tokens is {ask.max_tokens} and max_completion_tokens is {wanted}; leave one out",
+                param="max_tokens",
+            )
         params = ask.params(
             max_tokens=max_tokens(ask, [prompt], ready, wanted=wanted, default=None),
             logprobs=(ask.top_logprobs or 0) if ask.logprobs else None,
@@ -297,6 +302,8 @@ class Agent:
         timer: RequestTimer,
     ) -> web.StreamResponse:
         tokenizer, ready = self._admit()
+        if ask.stream_options is not None and not ask.stream:
+            raise BadRequest("stream_options needs stream to be true", param="stream_options")
         params.check(vocab_size=ready.vocab_size)
         tenant = _tenant(request, ask)
         self._refuse_overload(len(prompts))
@@ -310,7 +317,7 @@ class Agent:
             if self.settings.prefix_cache:
                 for text in texts:
                     self.prefixes.record(sketch(text, tenant))
-            completion = Completion(tokenizer, generations, prompts, params.n, ask.stops())
+            completion = Completion(tokenizer, generations, prompts, params.n, ask.stops(), params.min_tokens)
             if ask.stream:
                 return await self._stream(request, ask, completion, shape, timer)
             parts: list[list[Piece]] = [[] for _ in range(completion.choices)]

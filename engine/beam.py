@@ -1,32 +1,36 @@
 """BeamSearch: which continuations of which beams are kept; for one request, without tensors.
 
-Follows transformers' beam search, so that scores and ids are equal to it: each step considers the best ``2 *
-width`` continuations of all beams, those that end become hypotheses if they are among the best ``width``, and
-the search ends when no live beam can beat the worst kept hypothesis (or as soon as ``width`` are kept, with
-``early_stopping``).
+Follows transformers' beam search, so that scores and ids are equal to it: each step considers so many of the
+best continuations of all beams that ``width`` of them go on, those that end become hypotheses if they are
+among the best ``width``, and the search ends when no live beam can beat the worst kept hypothesis (or as
+soon as ``width`` are kept, with ``early_stopping``). Beyond transformers, a token that completes a grammar
+ends its beam as well, and is a part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .outputs import FinishReason
+from .outputs import FinishReason, TokenLogprob
 from .sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The new beams, best first: (index of the parent among the live beams, token, sum of log-probs)."""
+    """The new beams, best first: (index of the parent among the live beams, token id, score so far)."""
 
     continue_: list[tuple[int, int, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A finished continuation. ``score`` is the sum of log-probs divided by length ** length_penalty."""
+    """A finished continuation, without the token that ended it unless that completed a grammar.
 
-    token_ids: list[int]
+    ``score`` is the sum of the scores of all tokens divided by length ** length_penalty.
+    """
+
+    tokens: list[TokenLogprob]
     score: float
     reason: FinishReason
 
@@ -38,34 +42,46 @@ class BeamSearch:
         self.width = width
         self.done = False
         self._params = params
-        stops = set(params.stop_token_ids)
-        self._ends = stops if params.ignore_eos else stops | set(eos_token_ids)
-        self._beams: list[tuple[list[int], float]] = [([], 0.0)]
+        self._ends = set(params.stop_token_ids)
+        if not params.ignore_eos or params.structure is not None:
+            self._ends |= set(eos_token_ids)
+        # Each beam may end with each of the ending tokens, and ``width`` others must be left.
+        self.considered = max(2, 1 + len(self._ends)) * width
+        self._beams: list[tuple[list[TokenLogprob], float]] = [([], 0.0)]
         self._finished: list[Hypothesis] = []  # best first, at most ``width``
 
-    def step(self, candidates: list[list[tuple[int, float]]]) -> Decision:
-        """Advance by one token. ``candidates``: for each live beam its best ``2 * width`` (token, log-prob).
+    @property
+    def totals(self) -> list[float]:
+        """The scores so far of the live beams, best first."""
+        return [total for _, total in self._beams]
 
-        Afterwards ``done`` tells whether the search is over; if it is, ignore the returned decision.
+    def step(
+        self, candidates: list[tuple[int, TokenLogprob, float]], completes: Callable[[int, int], bool]
+    ) -> Decision:
+        """Advance by one token. ``candidates``: the ``considered`` best continuations of all live beams, best
+        first: (index of the parent, token, score so far).
+
+        ``completes`` tells whether (index of a live beam, token id) completes the beam's grammar. Afterwards
+        ``done`` tells whether the search is over; if it is, ignore the returned decision.
         """
-        scored = [
-            (total + logprob, parent, token)
-            for parent, (_, total) in enumerate(self._beams)
-            for token, logprob in candidates[parent]
-        ]
-        scored.sort(key=lambda item: -item[0])
         length = len(self._beams[0][0]) + 1
         chosen: list[tuple[int, int, float]] = []
-        for rank, (total, parent, token) in enumerate(scored[: 2 * self.width]):
-            if token in self._ends:
+        beams: list[tuple[list[TokenLogprob], float]] = []
+        for rank, (parent, token, total) in enumerate(candidates):
+            if len(chosen) == self.width <= rank:
+                break
+            tokens = self._beams[parent][0]
+            ends = token.token_id in self._ends
+            if ends or completes(parent, token.token_id):
                 if rank < self.width:
-                    self._keep(self._beams[parent][0], total, length, "stop")
+                    self._keep(tokens if ends else [*tokens, token], total, length, "stop")
             elif len(chosen) < self.width:
-                chosen.append((parent, token, total))
-        self._beams = [([*self._beams[parent][0], token], total) for parent, token, total in chosen]
+                chosen.append((parent, token.token_id, total))
+                beams.append(([*tokens, token], total))
+        self._beams = beams
         if length == self._params.max_tokens:
-            for token_ids, total in self._beams:
-                self._keep(token_ids, total, length, "length")
+            for tokens, total in self._beams:
+                self._keep(tokens, total, length, "length")
             self.done = True
         elif not chosen or self._decided(length):
             self.done = True
@@ -74,8 +90,8 @@ class BeamSearch:
     def _score(self, total: float, length: int) -> float:
         return float(total / length**self._params.length_penalty)
 
-    def _keep(self, token_ids: list[int], total: float, length: int, reason: FinishReason) -> None:
-        self._finished.append(Hypothesis(token_ids, self._score(total, length), reason))
+    def _keep(self, tokens: list[TokenLogprob], total: float, length: int, reason: FinishReason) -> None:
+        self._finished.append(Hypothesis(tokens, self._score(total, length), reason))
         self._finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self._finished[self.width :]
 
@@ -87,6 +103,7 @@ class BeamSearch:
         best_possible = self._score(self._beams[0][1], length)
         return best_possible <= self._finished[-1].score
 
-    def results(self, count: int) -> list[tuple[list[int], float, FinishReason]]:
-        """The best hypotheses: (token ids without the ending token, score, why it ended)."""
-        return [(h.token_ids, h.score, h.reason) for h in self._finished[:count]]
+    def results(self, count: int) -> list[Hypothesis]:
+        """The ``count`` best hypotheses; if a grammar has fewer answers than that, the best one again."""
+        best = self._finished[:count]
+        return best + best[:1] * (count - len(best))

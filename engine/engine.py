@@ -269,7 +269,9 @@ class Engine:
             return
         sequence.cumulative_logprob += token.logprob
         reason: FinishReason | None = None
-        if (token.token_id in self._eos and not params.ignore_eos) or token.token_id in params.stop_token_ids:
+        grammar = sequence.sampling.grammar
+        heeds_eos = not params.ignore_eos or grammar is not None  # after a grammar's end nothing can follow
+        if (token.token_id in self._eos and heeds_eos) or token.token_id in params.stop_token_ids:
             reason, sequence.stop_token_id = "stop", token.token_id
         else:
             sequence.append(token.token_id)
@@ -343,9 +345,9 @@ class Engine:
         parents = list(request.live)
         if not parents[0].output_ids:
             self._count_prompt(parents[0])
-        values, ids = self._sampler.top_logprobs(logits, 2 * beam.width)
-        candidates = [list(zip(row_ids, row, strict=True)) for row_ids, row in zip(ids, values, strict=True)]
-        decision = beam.step(candidates)
+        states = [sequence.sampling for sequence in parents]
+        candidates = self._sampler.continuations(logits, states, beam.totals, beam.considered)
+        decision = beam.step(candidates, lambda parent, token_id: states[parent].completes(token_id))
         if beam.done:
             self._finish_beams(request)
             return
@@ -369,6 +371,8 @@ class Engine:
             for twin, (place, token_id, cumulative) in zip(twins, offspring, strict=True):
                 twin.index = place
                 twin.append(token_id)
+                if twin.sampling.grammar is not None:
+                    twin.sampling.grammar.accept(token_id)
                 twin.cumulative_logprob = cumulative
                 placed.append(twin)
         request.live.sort(key=lambda sequence: sequence.index)
@@ -377,20 +381,22 @@ class Engine:
     def _finish_beams(self, request: Request) -> None:
         assert request.beam is not None
         first = request.live[0]
-        for rank, (token_ids, score, reason) in enumerate(request.beam.results(request.params.n)):
+        best = request.beam.results(request.params.n)
+        for rank, hypothesis in enumerate(best):
             self._outputs.append(
                 SequenceOutput(
                     request_id=request.id,
                     index=rank,
-                    token_ids=token_ids,
-                    finish_reason=reason,
+                    token_ids=[token.token_id for token in hypothesis.tokens],
+                    logprobs=None if request.params.logprobs is None else list(hypothesis.tokens),
+                    finish_reason=hypothesis.reason,
                     cached_tokens=first.cached_tokens,
-                    cumulative_logprob=score,
+                    cumulative_logprob=hypothesis.score,
                 )
             )
         for sequence in list(request.live):
-            self.scheduler.finish(sequence, "stop")
-        self._forget(request, "stop")
+            self.scheduler.finish(sequence, best[0].reason)
+        self._forget(request, best[0].reason)
 
     # ── Statistics and checks ─────────────────────────────────────────────────────────────────────
 

@@ -11,6 +11,7 @@ Rows without special parameters cost one argmax; each filter or penalty touches 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .outputs import TokenLogprob
 from .sampling_params import SamplingParams
 from .structured import Grammar
 
@@ -54,6 +56,14 @@ class SamplingState:
         """The state of a twin that has the same past."""
         grammar = None if self.grammar is None else self.grammar.fork()
         return SamplingState(self.params, seed, self.prompt_ids, output_ids, grammar)
+
+    def completes(self, token_id: int) -> bool:
+        """Whether nothing may follow this token, which the grammar allows. The state stays as it is."""
+        if self.grammar is None:
+            return False
+        after = self.grammar.fork()
+        after.accept(token_id)
+        return after.finished
 
 
 @dataclass(slots=True)
@@ -103,12 +113,25 @@ class Sampler:
                 state.grammar.accept(token)
         return result
 
-    def top_logprobs(self, logits: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-        """The k best continuations of each row: log-probabilities and token ids, [S][k], best first."""
-        values, ids = torch.log_softmax(_finite(logits.float()), dim=-1).topk(
-            min(k, logits.shape[-1]), dim=-1
-        )
-        return values.tolist(), ids.tolist()
+    def continuations(
+        self, logits: Tensor, states: list[SamplingState], totals: list[float], k: int
+    ) -> list[tuple[int, TokenLogprob, float]]:
+        """The k best continuations of all beams of one request, best first: (beam, token, score).
+
+        logits [S, V]; ``totals`` [S] are the beams' scores so far. As in transformers, bias and penalties
+        change the log-probabilities, and the result is not normalised again. What is forbidden is left out.
+        """
+        raw = torch.log_softmax(_finite(logits.float()), dim=-1)
+        scores = self._adjust(raw, states) + torch.tensor(totals, device=raw.device).unsqueeze(1)
+        values, flat = scores.flatten().topk(min(k, scores.numel()))
+        beams, ids = flat // raw.shape[1], flat % raw.shape[1]
+        tops = self._best(raw, states[0].params.logprobs or 0)
+        columns = beams.tolist(), ids.tolist(), raw[beams, ids].tolist(), values.tolist()
+        return [
+            (beam, TokenLogprob(token_id, logprob, tops[beam]), total)
+            for beam, token_id, logprob, total in zip(*columns, strict=True)
+            if total > -math.inf
+        ]
 
     # ── Changing the distribution ─────────────────────────────────────────────────────────────────
 
@@ -145,8 +168,11 @@ class Sampler:
             allowed = torch.from_numpy(state.grammar.allowed()).to(row.device)
             row = row.masked_fill(~allowed, -torch.inf)
         if len(outputs) < p.min_tokens:
-            row = row.clone()
+            with_ends, row = row, row.clone()
             row[[*self._eos, *(t for t in p.stop_token_ids if t < self._vocab_size)]] = -torch.inf
+            if state.grammar is not None:
+                # It may allow nothing but an end, which then comes before min_tokens.
+                row = torch.where(row.isneginf().all(), with_ends, row)
         return None if row is before else row
 
     # ── Drawing ───────────────────────────────────────────────────────────────────────────────────
@@ -219,12 +245,17 @@ class Sampler:
         chosen = torch.tensor([result[i].token_id for i in wanted], device=raw.device).unsqueeze(1)
         for i, value in zip(wanted, logprobs.gather(1, chosen).squeeze(1).tolist(), strict=True):
             result[i].logprob = value
-        most = max(states[i].params.logprobs or 0 for i in wanted)
-        values, ids = logprobs.topk(min(most, raw.shape[1]), dim=-1)
-        for i, row_ids, row in zip(wanted, ids.tolist(), values.tolist(), strict=True):
+        tops = self._best(logprobs, max(states[i].params.logprobs or 0 for i in wanted))
+        for i, top in zip(wanted, tops, strict=True):
             count = states[i].params.logprobs
             if count is not None:
-                result[i].top = list(zip(row_ids[:count], row[:count], strict=True))
+                result[i].top = top[:count]
+
+    @staticmethod
+    def _best(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
+        """The best tokens of each row with their log-probabilities, best first. logprobs [R, V]."""
+        values, ids = logprobs.topk(min(count, logprobs.shape[1]), dim=-1)
+        return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def _greedy(logits: Tensor) -> list[int]:

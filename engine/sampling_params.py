@@ -28,9 +28,12 @@ class SamplingParams:
     """The sampling settings of one request.
 
     Greedy is ``temperature == 0``. ``best_of`` sequences are decoded and the ``n`` with the best
-    mean log-probability are returned. With ``beam_search``, ``best_of`` is the beam width.
+    mean log-probability are returned. With ``beam_search``, ``best_of`` is the beam width, and bias and
+    penalties change the scores by which beams are ranked.
     ``logprobs`` is how many alternatives to report per token (0: the chosen token alone, None:
-    nothing). ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` each switch their filter off.
+    nothing). ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` each switch their filter off. Before
+    ``min_tokens`` tokens no end of text and no stop token is chosen, unless ``structure`` allows nothing
+    else: a grammar that is finished ends the answer.
     """
 
     max_tokens: int = 16
@@ -111,10 +114,6 @@ class SamplingParams:
                     f"logit_bias of token {token} is {bias}; it must be in [-100, 100]", field="logit_bias"
                 )
         if self.beam_search:
-            if self.structure is not None:
-                raise RequestError(
-                    "beam search does not follow a response_format; drop one of them", field="best_of"
-                )
             if self.best_of < 2:
                 raise RequestError("beam search needs a width (best_of) of at least 2", field="best_of")
             if not self.greedy:
@@ -122,3 +121,11 @@ class SamplingParams:
                     f"beam search is deterministic; set temperature to 0 (it is {self.temperature})",
                     field="temperature",
                 )
+        unused: dict[str, float]
+        if self.beam_search:
+            unused, why = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}, "beam search draws no tokens"
+        else:
+            unused, why = {"length_penalty": 1.0, "early_stopping": False}, "only beam search uses it"
+        for name, off in unused.items():
+            if getattr(self, name) != off:
+                raise RequestError(f"{name} is {getattr(self, name)}, but {why}; leave it out", field=name)

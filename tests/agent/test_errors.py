@@ -96,7 +96,8 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": -5}, "max_tokens", "greater than or equal to 1"),
     ({"max_tokens": 2**40}, "max_tokens", "less than or equal to"),
     ({"max_tokens": 8192}, "max_tokens", "context is 8192 tokens"),
-    ({"max_completion_tokens": 9000}, "max_tokens", "lower max_tokens"),
+    ({"max_completion_tokens": 9000, "max_tokens": None}, "max_tokens", "lower max_tokens"),
+    ({"max_completion_tokens": 9}, "max_tokens", "leave one out"),
     ({"min_tokens": 9}, "min_tokens", "must be in [0, 4]"),
     ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
@@ -115,10 +116,21 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO * 5000}, "messages", "at most 4096 items"),
     ({"messages": [{"role": "user", "content": "no " * 9000}]}, "messages", "Shorten the prompt"),
     ({"use_beam_search": True, "temperature": 1}, "temperature", "set temperature to 0"),
+    ({"use_beam_search": True, "top_p": 0.5}, "top_p", "beam search draws no tokens"),
+    ({"use_beam_search": True, "top_k": 5}, "top_k", "beam search draws no tokens"),
+    ({"use_beam_search": True, "min_p": 0.1}, "min_p", "beam search draws no tokens"),
+    ({"length_penalty": 2}, "length_penalty", "only beam search uses it"),
+    ({"early_stopping": True}, "early_stopping", "only beam search uses it"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
     ({"cache_salt": "x" * 300}, "cache_salt", "at most 256 characters"),
     # grammars
     ({"response_format": {"type": "yaml"}}, "response_format.type", "json_schema"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "is missing"),
+    (
+        {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+        "response_format",
+        "needs type json_schema",
+    ),
     (
         {
             "response_format": {

@@ -102,6 +102,56 @@ def test_beam_search(client: openai.OpenAI) -> None:
     assert answer.choices[0].text != answer.choices[1].text
 
 
+def test_beam_search_with_a_response_format_and_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=FRANCE,
+        n=2,
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=2,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "city", "schema": {"enum": ["Paris", "Rome", "Berlin"]}},
+        },
+        extra_body={"use_beam_search": True, "best_of": 4, "min_tokens": 9},
+    )
+    cities = [json.loads(choice.message.content or "") for choice in answer.choices]
+    assert cities[0] == "Paris" != cities[1]
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"  # the grammar is finished, whatever min_tokens says
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+        assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
+
+
+@pytest.mark.parametrize("mode", [{"best_of": 2, "seed": 1}, {"use_beam_search": True}])
+def test_stop_strings_of_ranked_choices(client: openai.OpenAI, mode: dict[str, object]) -> None:
+    """They are found when the choice is sent; its log-probs end where its text ends."""
+    ask = {"model": MODEL, "prompt": "1, 2, 3, 4,", "max_tokens": 12, "logprobs": 0}
+    plain = client.completions.create(**ask, extra_body=mode).choices[0]
+    assert plain.logprobs is not None and plain.logprobs.tokens is not None
+    stop = plain.logprobs.tokens[4]
+    first = plain.logprobs.tokens.index(stop)
+    stopped = client.completions.create(**ask, stop=stop, extra_body=mode).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == plain.text.partition(stop)[0]
+    assert stopped.logprobs is not None
+    assert stopped.logprobs.tokens == plain.logprobs.tokens[: first + 1]
+
+
+def test_stop_strings_count_after_min_tokens(client: openai.OpenAI) -> None:
+    ask = {"model": MODEL, "prompt": "1, 2, 3, 4,", "temperature": 0, "max_tokens": 24}
+    plain = client.completions.create(**ask).choices[0].text
+    assert plain.count(",") > 2
+    first = client.completions.create(**ask, stop=",").choices[0].text
+    later = client.completions.create(**ask, stop=",", extra_body={"min_tokens": 6}).choices[0].text
+    assert plain.startswith(later + ",")
+    assert len(later) > len(first)
+    never = client.completions.create(**ask, stop=",", extra_body={"min_tokens": 24}).choices[0]
+    assert (never.text, never.finish_reason) == (plain, "length")
+
+
 def test_stop_strings(client: openai.OpenAI, agent: AgentProcess) -> None:
     ask = {"model": MODEL, "prompt": "1, 2, 3, 4,", "temperature": 0, "max_tokens": 40}
     plain = client.completions.create(**ask).choices[0]

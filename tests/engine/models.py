@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 COMMON = {
@@ -34,6 +35,8 @@ YARN = {
     "factor": 8.0,
     "original_max_position_embeddings": 64,
 }
+# Of make_tokenizer; the last one is a byte-level BPE's blank.
+CHARACTERS = ["<pad>", "<s>", "</s>", *map(chr, range(ord("!"), ord("~") + 1)), "\u0120"]
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -79,6 +82,15 @@ def make_model(family: str, folder: Path, **changes: object) -> Path:
     path = folder / family
     model.save_pretrained(path)
     return path
+
+
+def make_tokenizer(path: Path) -> None:
+    """Give a model of 160 tokens a tokenizer for ASCII, one token a character."""
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(CHARACTERS)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(CHARACTERS[:3])
+    tokenizer.save(str(path / "tokenizer.json"))
 
 
 def load_reference(path: Path) -> PreTrainedModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from transformers import PreTrainedModel
 
 from blockyard.engine.config import EngineConfig
 from blockyard.engine.engine import Engine
+from blockyard.engine.model.tokenizer import Tokenizer
 from blockyard.engine.outputs import SequenceOutput
-from blockyard.engine.sampling_params import SamplingParams
+from blockyard.engine.sampling_params import SamplingParams, Structure
 
-from .models import load_reference, make_model
+from .models import load_reference, make_model, make_tokenizer
 
 EOS = 2
 MAX_TOKENS = 12
@@ -60,17 +63,17 @@ def transformers_beams(
             num_return_sequences=width,
             max_new_tokens=MAX_TOKENS,
             do_sample=False,
-            eos_token_id=EOS,
             pad_token_id=0,
             return_dict_in_generate=True,
             output_scores=True,
-            **settings,
+            **{"eos_token_id": EOS, **settings},
         )
+    ends = settings.get("eos_token_id", [EOS])
     beams = []
     for row, score in zip(
         out.sequences[:, len(prompt) :].tolist(), out.sequences_scores.tolist(), strict=True
     ):
-        end = row.index(EOS) if EOS in row else len(row)
+        end = next((i for i, token in enumerate(row) if token in ends), len(row))
         beams.append((row[:end], score))
     return beams
 
@@ -86,6 +89,10 @@ def run(engine: Engine, params: SamplingParams) -> dict[str, list[SequenceOutput
         engine.check()
     assert engine.stats().device.active == 0
     return outputs
+
+
+def ids_of(outputs: dict[str, list[SequenceOutput]]) -> dict[str, list[list[int]]]:
+    return {key: [o.token_ids for o in choices] for key, choices in outputs.items()}
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])
@@ -121,11 +128,99 @@ def test_beams_equal_transformers(
     )
 
 
+@pytest.mark.parametrize(
+    ("params", "settings"),
+    [
+        ({"logit_bias": {EOS: -2.0, 9: 1.5}}, {"sequence_bias": {(EOS,): -2.0, (9,): 1.5}}),
+        ({"repetition_penalty": 1.4}, {"repetition_penalty": 1.4}),
+        ({"min_tokens": 5}, {"min_new_tokens": 5}),
+        ({"stop_token_ids": tuple(range(3, 67))}, {"eos_token_id": [EOS, *range(3, 67)]}),
+        (
+            {"logit_bias": {9: 1.5}, "repetition_penalty": 0.8, "min_tokens": 3, "length_penalty": 2.0},
+            {
+                "sequence_bias": {(9,): 1.5},
+                "repetition_penalty": 0.8,
+                "min_new_tokens": 3,
+                "length_penalty": 2.0,
+            },
+        ),
+    ],
+    ids="-".join,
+)
+def test_what_changes_the_scores_does_so_as_in_transformers(
+    engine: Engine, reference: PreTrainedModel, params: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    base = {"temperature": 0, "max_tokens": MAX_TOKENS, "n": 4, "best_of": 4, "beam_search": True}
+    outputs = run(engine, SamplingParams(**base, **params))
+    assert ids_of(outputs) != ids_of(run(engine, SamplingParams(**base)))
+    for i, prompt in enumerate(prompts()):
+        expected = transformers_beams(reference, prompt, 4, **settings)
+        got = outputs[str(i)]
+        assert [o.token_ids for o in got] == [ids for ids, _ in expected]
+        assert [o.cumulative_logprob for o in got] == pytest.approx([s for _, s in expected], abs=2e-4)
+
+
+def test_logprobs_are_the_unchanged_model_s(engine: Engine, reference: PreTrainedModel) -> None:
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        n=3,
+        best_of=3,
+        beam_search=True,
+        repetition_penalty=1.4,
+        logprobs=2,
+    )
+    outputs = run(engine, params)
+    for i, prompt in enumerate(prompts()):
+        for output in outputs[str(i)]:
+            ids = torch.tensor([prompt + output.token_ids])
+            with torch.inference_mode():
+                logprobs = torch.log_softmax(reference(ids).logits[0, len(prompt) - 1 : -1], -1)
+            assert output.logprobs is not None
+            assert [entry.token_id for entry in output.logprobs] == output.token_ids
+            for row, entry in zip(logprobs, output.logprobs, strict=True):
+                assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=2e-4)
+                assert [token for token, _ in entry.top] == row.topk(2).indices.tolist()
+                assert [value for _, value in entry.top] == pytest.approx(
+                    row.topk(2).values.tolist(), abs=2e-4
+                )
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_beams_find_the_best_answers_of_a_grammar(
+    model: Path, engine: Engine, reference: PreTrainedModel, width: int
+) -> None:
+    """Wide enough beams try all answers; each ends with its last quote, and if there are too few, the best is
+    sent again.
+    """
+    make_tokenizer(model)
+    tokenizer = Tokenizer.from_directory(model)
+    words = [tokenizer.encode(f'"{word}"') for word in ("ab", "ac", "dog")]
+    schema = Structure("json_schema", json.dumps({"enum": ["ab", "ac", "dog"]}))
+    params = SamplingParams(
+        temperature=0, max_tokens=MAX_TOKENS, n=width, best_of=width, beam_search=True, structure=schema
+    )
+    outputs = run(engine, params)
+    for i, prompt in enumerate(prompts()):
+        scores = []
+        for word in words:
+            with torch.inference_mode():
+                logits = reference(torch.tensor([prompt + word])).logits[0, len(prompt) - 1 : -1]
+            logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(word).unsqueeze(1))
+            scores.append(float(logprobs.sum()) / len(word))
+        ranked = sorted(zip(scores, words, strict=True), reverse=True)[:width]
+        ranked += ranked[:1] * (width - len(ranked))
+        got = outputs[str(i)]
+        assert [o.token_ids for o in got] == [word for _, word in ranked]
+        assert [o.cumulative_logprob for o in got] == pytest.approx([s for s, _ in ranked], abs=2e-4)
+        assert [o.finish_reason for o in got] == ["stop"] * width
+
+
 def test_n_is_how_many_of_the_beams_are_sent(engine: Engine) -> None:
     wide = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, n=4, best_of=4, beam_search=True)
     few = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, n=2, best_of=4, beam_search=True)
-    best = {key: [o.token_ids for o in outputs[:2]] for key, outputs in run(engine, wide).items()}
-    assert {key: [o.token_ids for o in outputs] for key, outputs in run(engine, few).items()} == best
+    best = {key: ids[:2] for key, ids in ids_of(run(engine, wide)).items()}
+    assert ids_of(run(engine, few)) == best
 
 
 def test_stopping_early_makes_a_difference_here(engine: Engine) -> None:
@@ -135,5 +230,5 @@ def test_stopping_early_makes_a_difference_here(engine: Engine) -> None:
         params = SamplingParams(
             temperature=0, max_tokens=MAX_TOKENS, n=2, best_of=2, beam_search=True, early_stopping=early
         )
-        found.append({key: [o.token_ids for o in outputs] for key, outputs in run(engine, params).items()})
+        found.append(ids_of(run(engine, params)))
     assert found[0] != found[1]
