@@ -383,7 +383,7 @@ def test_engine_machine(oracle_engine: MakeEngine, examples: int) -> None:
 def test_a_step_that_fails_at_any_point_leaves_no_lies(
     oracle_engine: MakeEngine, kind: str, preemption: str
 ) -> None:
-    """Each step fails after its first write, then after its second, and so on, until it succeeds."""
+    """Every fifth step fails before its first write, then before its second, and so on until it succeeds."""
     sizes = {"num_blocks": 22, "host_blocks": 40, "max_num_seqs": 6, "preemption": preemption}
     width = 1 if kind == "single" else 2
     params = SamplingParams(
@@ -408,16 +408,19 @@ def test_a_step_that_fails_at_any_point_leaves_no_lies(
     add(engine)
     tokens: Tokens = {}
     failed = writes = 0
-    while engine.has_work:
-        runner.fuse = writes
+    calm = 0  # steps that succeed before the next one fails; siblings need several to come back
+    for _ in range(20_000):
+        if not engine.has_work:
+            break
+        runner.fuse = None if calm else writes
         try:
             collect(engine.step(), tokens)
-            writes = 0
+            calm, writes = (calm - 1, 0) if calm else (4, 0)
         except StepFailed:
             writes += 1
             failed += 1
         engine.check()
-    assert tokens == wanted and failed > 200
+    assert tokens == wanted and failed > 50
     add(engine)  # finds what is published, and the oracle finds what is not true of it
     assert drain(engine) == wanted
 
