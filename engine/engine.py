@@ -262,14 +262,10 @@ class Engine:
             self._count_prompt(sequence)
         grammar = sequence.sampling.grammar
         if grammar is not None and grammar.error is not None:
-            self._outputs.append(
-                SequenceOutput(request.id, sequence.index, [], finish_reason="abort", error=grammar.error)
-            )
-            self.abort(request.id)
+            self._fail(request, grammar.error)
             return
         sequence.cumulative_logprob += token.logprob
         reason: FinishReason | None = None
-        grammar = sequence.sampling.grammar
         heeds_eos = not params.ignore_eos or grammar is not None  # after a grammar's end nothing can follow
         if (token.token_id in self._eos and heeds_eos) or token.token_id in params.stop_token_ids:
             reason, sequence.stop_token_id = "stop", token.token_id
@@ -290,6 +286,11 @@ class Engine:
             self.scheduler.finish(sequence, reason)
             if not request.live:
                 self._complete(request)
+
+    def _fail(self, request: Request, error: str) -> None:
+        """End a request whose output cannot go on as it was asked for."""
+        self._outputs.append(SequenceOutput(request.id, 0, [], finish_reason="abort", error=error))
+        self.abort(request.id)
 
     def _count_prompt(self, sequence: Sequence) -> None:
         if sequence.index == 0:
@@ -347,6 +348,9 @@ class Engine:
             self._count_prompt(parents[0])
         states = [sequence.sampling for sequence in parents]
         candidates = self._sampler.continuations(logits, states, beam.totals, beam.considered)
+        if error := next((s.grammar.error for s in states if s.grammar and s.grammar.error), None):
+            self._fail(request, error)
+            return
         decision = beam.step(candidates, lambda parent, token_id: states[parent].completes(token_id))
         if beam.done:
             self._finish_beams(request)

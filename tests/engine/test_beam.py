@@ -38,6 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weight = reference.lm_head.weight
         weight[EOS] = hidden * 0.8 * weight.norm(dim=1).mean() / hidden.norm()
     reference.save_pretrained(path)
+    make_tokenizer(path)
     return path
 
 
@@ -193,7 +194,6 @@ def test_beams_find_the_best_answers_of_a_grammar(
     """Wide enough beams try all answers; each ends with its last quote, and if there are too few, the best is
     sent again.
     """
-    make_tokenizer(model)
     tokenizer = Tokenizer.from_directory(model)
     words = [tokenizer.encode(f'"{word}"') for word in ("ab", "ac", "dog")]
     schema = Structure("json_schema", json.dumps({"enum": ["ab", "ac", "dog"]}))
