@@ -6,6 +6,7 @@ so it is said here, before any test module is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ CONTROL_PLANES = {
     "test_helm.py": "helm",  # installs what is there once in a cluster
     **dict.fromkeys(("test_meddling.py", "test_operator.py", "test_under_load.py"), "agents"),
 }
+
+with contextlib.suppress(ImportError):  # `make gpu` runs without it
+    from hypothesis import settings
+
+    # How long an example takes depends on the machine and on what else it does.
+    settings.register_profile("tests", parent=settings(), deadline=None)
+    settings.load_profile("tests")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
