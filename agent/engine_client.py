@@ -178,13 +178,15 @@ class EngineClient:
                 for output in event.outputs:
                     generation = self._generations.get(output.request_id)
                     if generation is not None:
-                        refusal = RequestError(output.error or "", field="response_format")
-                        generation.put(refusal if output.error else output)
+                        failed = output.error is not None
+                        generation.put(
+                            RequestError(str(output.error), field="response_format") if failed else output
+                        )
             case Rejected():
                 generation = self._generations.get(event.request_id)
                 if generation is not None:
-                    rejection = RequestError(event.message, field=event.field)
-                    generation.put(InternalError(event.message) if event.internal else rejection)
+                    refusal = RequestError(event.message, field=event.field)
+                    generation.put(InternalError(event.message) if event.internal else refusal)
             case Stats():
                 self.stats, self._covered = event.stats, event.commands
                 self._on_change()

@@ -314,7 +314,8 @@ class Scheduler:
         asks = [ask for request in self.running for ask in self._asks(request)]
         decodes = [ask for ask in asks if all(count == 1 for _, count in ask)]
         prefills = [ask for ask in asks if any(count > 1 for _, count in ask)]
-        return decodes, sorted(prefills, key=self._rank)
+        prefills.sort(key=self._rank)
+        return decodes, prefills
 
     def _asks(self, request: Request) -> list[Ask]:
         """What a running request asks of this step."""
@@ -434,9 +435,11 @@ class Scheduler:
         """
         head = self.queue.peek()
         assert head is not None
-        need, rows, gain = self._demand(head), 0, 0
         prompts = [r for r in self.running if not r.live[0].output_ids and self._yields(r, head)]
+        if not prompts:
+            return room
         prompts.sort(key=self.queue.rank)
+        need, rows, gain = self._demand(head), 0, 0
         displaced: list[Request] = []
         wanted = set(self._cached_prefix(head.live[0], self._reusable(head.live[0])))
         while prompts and not self._fits(head, need, room + gain, rows):

@@ -85,6 +85,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._tokenizer: Any = None
+        self._trials: Trials | None = None
         tokenizer_file = Path(model) / "tokenizer.json"
         if find_spec("llguidance") is None or not tokenizer_file.is_file():
             return
@@ -97,7 +98,7 @@ class GrammarCompiler:
 
     def compile(self, structure: Structure) -> Grammar:
         """A new grammar; RequestError on ``response_format`` if the schema cannot be used."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._trials is None:
             raise RequestError(
                 "response_format needs the package llguidance and a model with a tokenizer.json that it can "
                 "use, and this server lacks one of them; install it or leave response_format out",
@@ -122,5 +123,5 @@ class GrammarCompiler:
         return Grammar(make_matcher(self._tokenizer, schema), self._vocab_size, self._eos)
 
     def close(self) -> None:
-        if hasattr(self, "_trials"):
+        if self._trials is not None:
             self._trials.close()
