@@ -19,6 +19,7 @@ __all__ = [
     "agent_labels",
     "agent_pod",
     "companions",
+    "digest_of",
     "owner_reference",
     "retired",
     "revision",
@@ -70,7 +71,12 @@ def revision(spec: LLMServiceSpec, defaults: Defaults) -> str:
     )
     facts["model"].pop("heads", None)
     facts |= {"image": spec.image or defaults.image, "format": _POD_FORMAT}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+    return digest_of(facts)[:10]
+
+
+def digest_of(facts: Any) -> str:
+    """16 hex digits that tell whether something that JSON can say is the same."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def selector(service: Service, component: str = AGENT) -> dict[str, str]:
@@ -453,8 +459,7 @@ def _stamped(manifest: dict[str, Any]) -> dict[str, Any]:
 
     A comparison field by field would not notice a field that is not wanted any more.
     """
-    stamp = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-    return manifest | {"metadata": manifest["metadata"] | {"annotations": {WANTED: stamp}}}
+    return manifest | {"metadata": manifest["metadata"] | {"annotations": {WANTED: digest_of(manifest)}}}
 
 
 def _identity(manifest: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -12,14 +12,13 @@ the name of one of these is reported and left alone.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .children import digest_of
 from .cluster import MANAGED, Cluster, owned_by, service_of
 from .kube import (
     COMPANIONS,
@@ -121,7 +120,7 @@ class Companions:
         for name in bodies:
             if (body := _bound(name, bodies, standing)) is None:
                 continue  # its account comes back first
-            digest = _digest(body)
+            digest = digest_of(body)
             known = standing.get(name)
             if known is not None and known.digest == digest:
                 continue
@@ -242,7 +241,7 @@ class Companions:
         if service is None or not owned_by(raw, service):
             return None
         body = _bound(name_of(raw), bodies, self._standing.get(key, {}))
-        return _Standing.of(raw, _digest(body) if body is not None and covers(raw, body) else "")
+        return _Standing.of(raw, digest_of(body) if body is not None and covers(raw, body) else "")
 
     async def watch(self, kind: Kind, namespace: str | None) -> None:
         """Follow the metadata of one kind for ever. What changes or goes makes its service dirty."""
@@ -346,7 +345,7 @@ def _mark(metadata: Raw) -> str:
     """What tells a change of an object from one of its status, of which the generation does not tell."""
     labels, owners = metadata.get("labels") or {}, metadata.get("ownerReferences") or []
     change = metadata.get("generation") or metadata["resourceVersion"]
-    return _digest({"uid": metadata["uid"], "change": change, "labels": labels, "owners": owners})
+    return digest_of({"uid": metadata["uid"], "change": change, "labels": labels, "owners": owners})
 
 
 def covers(there: Any, wanted: Any, *, exactly: bool = False) -> bool:
@@ -368,10 +367,6 @@ def covers(there: Any, wanted: Any, *, exactly: bool = False) -> bool:
             return False
         return all(covers(*pair, exactly=exactly) for pair in zip(there, wanted, strict=True))
     return bool(there == wanted or (there is None and not wanted))
-
-
-def _digest(body: Raw) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def name_of(body: Raw) -> Name:
